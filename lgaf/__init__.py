@@ -1,0 +1,43 @@
+"""LGAF: the science. Needs torch and numpy, nothing else.
+
+The names below are imported on first use: ``import lgaf.config`` in a process that only handles data does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lgaf.evaluation.verification import VerificationResult, verification_accuracy
+    from lgaf.heads.margins import MARGINS, Margin, create_margin
+    from lgaf.heads.sharded import ShardedMarginHead
+    from lgaf.models import BACKBONES, LGAF, FaceEmbedding, LGAFConfig, create_backbone
+
+__all__ = [
+    "BACKBONES",
+    "LGAF",
+    "MARGINS",
+    "FaceEmbedding",
+    "LGAFConfig",
+    "Margin",
+    "ShardedMarginHead",
+    "VerificationResult",
+    "create_backbone",
+    "create_margin",
+    "verification_accuracy",
+]
+
+_HOMES = {
+    "lgaf.evaluation.verification": ("VerificationResult", "verification_accuracy"),
+    "lgaf.heads.margins": ("MARGINS", "Margin", "create_margin"),
+    "lgaf.heads.sharded": ("ShardedMarginHead",),
+    "lgaf.models": ("BACKBONES", "LGAF", "FaceEmbedding", "LGAFConfig", "create_backbone"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'lgaf' has no attribute {name!r}")

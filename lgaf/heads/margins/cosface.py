@@ -1,0 +1,26 @@
+"""CosFace: an additive cosine margin (Wang et al. 2018, eq. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lgaf.config import require_in_range, require_positive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CosFace:
+    """s * (cos(theta) - m); LGAF trains with m = 0.4, s = 64 (paper 4.1.3)."""
+
+    margin: float = 0.4
+    scale: float = 64.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require_positive("head.scale", self.scale)
+        require_in_range("head.margin", self.margin, 0.0, 2.0)
+
+    def target_logit(self, cosine_N: Tensor, norm_N: Tensor | None) -> Tensor:
+        """Logits [N] of the own classes from their cosines [N]."""
+        return self.scale * (cosine_N - self.margin)

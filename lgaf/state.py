@@ -1,0 +1,42 @@
+"""The state of a TrainStep as tensors that do not depend on the world size.
+
+The head's tensors are DTensors sharded over classes: `torch.distributed.checkpoint` writes them from any number of ranks
+and reads them into any other. The tensors are views of the live ones, so loading into the dictionary is a restore.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lgaf.distributed import world_size
+from lgaf.step import TrainStep
+
+
+def training_state(step: TrainStep) -> dict[str, Any]:
+    """Network (with the fusion's statistics), class centres and all optimizer tensors, by name."""
+    head = step.head
+    return {
+        "model": step.model.state_dict(),
+        "model_optimizer": {
+            f"{name}.{key}": value
+            for name, parameter in step.model.named_parameters()
+            for key, value in step.optimizer.state[parameter].items()
+        },
+        "head": {"weight": _over_classes(step, head.weight.detach())},
+        "head_optimizer": {
+            f"weight.{key}": _over_classes(step, value) for key, value in step.optimizer.state[head.weight].items()
+        },
+    }
+
+
+def _over_classes(step: TrainStep, shard: Tensor) -> Tensor:
+    group = step.group
+    if group is None or world_size(group) == 1:
+        return shard
+    mesh = DeviceMesh.from_group(group, shard.device.type)
+    shape = (step.head.num_classes, *shard.shape[1:])
+    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=shard.stride())

@@ -1,0 +1,101 @@
+"""TrainStep: one step of training, from a batch of images to updated weights."""
+
+# Shape legend: B = batch on this rank, H, W, C = height, width, colour channels
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from lgaf.distributed import rank_in, scale_gradient, world_size
+from lgaf.heads.sharded import ShardedMarginHead
+from lgaf.models import LGAF
+from lgaf.optim import SGDConfig
+from lgaf.schedule import StepSchedule
+from lgaf.seeding import mixed_seed
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class StepResult(NamedTuple):
+    """Loss of the global batch (scalar tensor, detached) and the learning rate that was used."""
+
+    loss: Tensor
+    learning_rate: float
+
+
+def normalise_images(images_BHWC: Tensor) -> Tensor:
+    """uint8 RGB [B, H, W, C] to float [B, C, H, W] in [-1, 1]; the memory stays channels-last."""
+    return images_BHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+class TrainStep:
+    """Owns network, head and optimizer; the loop around it knows none of them.
+
+    The network is data-parallel (DDP) and the head class-parallel over ``group``. Everything random in a step (dropout)
+    is drawn from (seed, step, rank), so a resumed run repeats what an uninterrupted one does.
+
+    Args:
+        model: The network, on ``device``.
+        head: The margin head, on ``device``.
+        optimizer: Recipe of the optimizer.
+        schedule: Learning rate over the run.
+        total_steps: Length of the run.
+        group: All ranks; None for this process alone.
+        precision: Of the network's forward pass; head and statistics are float32.
+        seed: Of dropout.
+    """
+
+    def __init__(
+        self,
+        model: LGAF,
+        head: ShardedMarginHead,
+        optimizer: SGDConfig,
+        schedule: StepSchedule,
+        total_steps: int,
+        group: ProcessGroup | None = None,
+        precision: Precision = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.model, self.head = model, head
+        self.optimizer = optimizer.build([model, head])
+        self.base_learning_rate, self.schedule, self.total_steps = optimizer.learning_rate, schedule, total_steps
+        self.group, self.precision, self.seed = group, precision, seed
+        self.num_steps_done = 0
+        self.device = head.weight.device
+        model.set_process_group(group)
+        model.to(memory_format=torch.channels_last)
+        self._network: nn.Module = model
+        if world_size(group) > 1:
+            # Batch-norm buffers stay each rank's own; sending rank 0's around would cost a collective every step.
+            self._network = DistributedDataParallel(
+                model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> StepResult:
+        """Train on this rank's share of one global batch.
+
+        Args:
+            images_BHWC: uint8 RGB.
+            labels_B: int64 class ids.
+        """
+        learning_rate = self.schedule.learning_rate(self.base_learning_rate, self.num_steps_done, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed(mixed_seed(self.seed, self.num_steps_done, rank_in(self.group)))
+        self.model.train()
+        images_BCHW = normalise_images(images_BHWC.to(self.device, non_blocking=True))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            output = self._network(images_BCHW)
+        # DDP averages the ranks' gradients; the head's are already those of the global mean.
+        embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
+        loss: Tensor = self.head(embedding_BD, labels_B.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.num_steps_done += 1
+        return StepResult(loss.detach(), learning_rate)

@@ -1,0 +1,1 @@
+"""The machinery: data, training, evaluation and tracking on Ray and MLflow."""

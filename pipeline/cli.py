@@ -1,0 +1,166 @@
+"""What every entry point shares: parse, run, one clear error, an exit code."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
+
+import tyro
+from rich.console import Console
+
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.console import JobDisplay, closing_table, packed_table
+from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD, pack
+from pipeline.data.sources import SourceSpec, SyntheticConfig, detect_format
+from pipeline.errors import message, user_error
+from pipeline.graph import run_graph
+from pipeline.runtime import ray_session
+from pipeline.stages import RunPlace, training_stages
+from pipeline.tracking import runs
+from pipeline.tracking.store import default_tracking_uri
+
+DEBUG_VARIABLE: Final = "LGAF_DEBUG"
+# Fields that may differ when a run is resumed: none of them changes what is trained.
+RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
+
+
+def run_job(job: Callable[[], None]) -> int:
+    """Run a job and give its exit code: 0, 1 for an error (one line on stderr), 130 when interrupted."""
+    errors = Console(stderr=True)
+    try:
+        job()
+    except KeyboardInterrupt:
+        errors.print("[red]interrupted[/]; the same command resumes the run")
+        return 130
+    except Exception as error:
+        known = user_error(error)
+        if known is None or os.environ.get(DEBUG_VARIABLE):
+            errors.print_exception()
+        text = message(known if known is not None else error)
+        errors.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True, highlight=False)
+        if known is not None and not os.environ.get(DEBUG_VARIABLE):
+            errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
+        return 1
+    return 0
+
+
+def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
+    """Entry point of the training jobs: a preset with what the command line changes in it."""
+
+    def job() -> None:
+        config = tyro.cli(TrainConfig, default=preset, args=arguments, description=f"Train: preset {preset.preset}.")
+        run_training(_with_place(config))
+
+    return run_job(job)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackArguments:
+    """Pack a face data set into verified WebDataset shards with a manifest."""
+
+    source: str
+    """Folder of the source (train.rec and train.idx), or the word synthetic."""
+    output: str
+    """Folder or URI for the shards and their manifest."""
+    format: Literal["auto", "recordio", "synthetic"] = "auto"
+    """Kind of the source."""
+    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
+    """Samples of every shard but the last."""
+    seed: int = 0
+    """Of the shuffle."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+def pack_job(arguments: list[str] | None = None) -> int:
+    """Entry point of the packing job."""
+
+    def job() -> None:
+        wanted = tyro.cli(PackArguments, args=arguments)
+        kind = detect_format(wanted.source) if wanted.format == "auto" else wanted.format
+        spec = SourceSpec(format=kind, uri=wanted.source, seed=wanted.seed, synthetic=wanted.synthetic)
+        console = Console()
+        with ray_session(), JobDisplay(console) as display:
+            display.stage("pack", False)
+            manifest = pack(
+                spec,
+                wanted.output,
+                samples_per_shard=wanted.samples_per_shard,
+                seed=wanted.seed,
+                on_progress=lambda done, total: display.update("pack", done, total, "shards"),
+            )
+        console.print(packed_table(manifest))
+
+    return run_job(job)
+
+
+def run_training(config: TrainConfig) -> dict[str, Any]:
+    """Run the whole graph of a training job and print the closing table; gives the artefacts."""
+    started = time.monotonic()
+    console = Console()
+    run_uri = storage.join(config.storage, config.run_name)
+    _check_resumable(config, run_uri)
+    place = _open_place(config, run_uri)
+    status: Any = "FAILED"
+    try:
+        with ray_session(), JobDisplay(console) as display:
+            stages = training_stages(config, place, display.update)
+            artefacts = run_graph(stages, storage.join(run_uri, "stages"), display.stage)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        runs.finish_run(place.tracking_uri, place.mlflow_run_id, status)
+    console.print(closing_table(config, place, artefacts, time.monotonic() - started))
+    return artefacts
+
+
+def _with_place(config: TrainConfig) -> TrainConfig:
+    """Fill in what depends on where the job runs: absolute storage, and a run name that the same command gives again."""
+    folder = config.storage
+    if "://" not in folder and "runtime_resources" in os.getcwd() and not os.path.isabs(folder):
+        # A packaged working directory (`ray job submit --working-dir`) is deleted after the job.
+        folder = os.path.join("~", "lgaf-outputs")
+    content = {key: value for key, value in asdict(config).items() if key not in ("storage", "run_name")}
+    name = config.run_name or f"{config.preset}-{storage.fingerprint(content)[:8]}"
+    return replace(config, storage=storage.normalise(folder), run_name=name)
+
+
+def _check_resumable(config: TrainConfig, run_uri: str) -> None:
+    """Refuse to go on with a run that was started with another recipe; note this one's."""
+    uri = storage.join(run_uri, "config.json")
+    content = storage.plain_json(asdict(config))
+    if storage.exists(uri):
+        before = storage.read_json(uri)
+        changed = [key for key in sorted(content.keys() | before.keys()) if content.get(key) != before.get(key)]
+        fixed = [key for key in changed if key not in RESUMABLE]
+        if fixed:
+            details = "; ".join(f"{key} was {before.get(key)!r}, is {content.get(key)!r}" for key in fixed)
+            raise ValueError(f"run_name={config.run_name!r} was started with another configuration: {details}")
+    storage.write_json(uri, content)
+
+
+def _open_place(config: TrainConfig, run_uri: str) -> RunPlace:
+    """Open the MLflow run of this run: a new one, or the one of the attempt that is resumed."""
+    tracking_uri = config.tracking.uri or default_tracking_uri(config.storage)
+    uri = storage.join(run_uri, "mlflow.json")
+    known = storage.read_json(uri) if storage.exists(uri) else {}
+    run_id = runs.open_run(
+        tracking_uri,
+        config.tracking.experiment,
+        config.run_name,
+        run_id=known.get("run_id") if known.get("tracking_uri") == tracking_uri else None,
+        tags={"preset": config.preset},
+    )
+    storage.write_json(uri, {"tracking_uri": tracking_uri, "run_id": run_id})
+    runs.log_params(tracking_uri, run_id, asdict(config))
+    runs.log_json(tracking_uri, run_id, "config", asdict(config))
+    return RunPlace(uri=run_uri, tracking_uri=tracking_uri, mlflow_run_id=run_id)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,136 @@
+"""The typed configuration of a run. Names on the command line are these fields' (``--model.backbone tiny``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from lgaf.config import require_choice, require_positive
+from lgaf.heads.margins import MARGINS, create_margin
+from lgaf.models import LGAFConfig
+from lgaf.optim import SGDConfig
+from lgaf.schedule import StepSchedule
+from lgaf.step import Precision
+from pipeline.data.order import check_batch
+from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD
+from pipeline.data.sources import SYNTHETIC, SyntheticConfig
+from pipeline.data.stream import StreamConfig
+from pipeline.tracking.promotion import PromotionPolicy
+
+MarginName = Literal["arcface", "cosface"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """How a source that is not packed yet is packed."""
+
+    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
+    """Samples of every shard but the last."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """Size of the synthetic training set (used with --data synthetic)."""
+    benchmark_pairs: int = 600
+    """Pairs of each synthetic verification set (used with --benchmarks synthetic)."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require_positive("pack.samples_per_shard", self.samples_per_shard)
+        require_positive("pack.benchmark_pairs", self.benchmark_pairs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """The margin of the class-sharded head."""
+
+    name: MarginName = "arcface"
+    """Margin: arcface or cosface."""
+    margin: float = 0.4
+    """m, in radians for arcface; 0.4 in the paper."""
+    scale: float = 64.0
+    """s; 64 in the paper."""
+
+    def __post_init__(self) -> None:
+        """Check the fields by making the margin."""
+        require_choice("head.name", self.name, MARGINS)
+        create_margin(self.name, margin=self.margin, scale=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersConfig:
+    """What the training workers take of the cluster, and how often they save."""
+
+    cpus_per_worker: float = 0.01
+    """CPUs that Ray reserves per worker; next to none (Ray Train refuses 0) leaves those of a small machine to Ray Data,
+    which would wait for ever for CPUs that idle training workers hold."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    threads: int = 0
+    """Threads of torch per worker; 0: the machine's cores shared out."""
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints; there is one more at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_every_steps: int = 10
+    """Steps between writes of metrics (every step has its line all the same)."""
+    max_failures: int = 3
+    """Restarts of the worker group, from the last checkpoint, before the run fails."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("cpus_per_worker", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
+            require_positive(f"workers.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = ""
+    """Tracking URI; empty: sqlite beside the outputs, or MLFLOW_TRACKING_URI."""
+    experiment: str = "lgaf"
+    """Experiment of the runs."""
+    model_name: str = "lgaf"
+    """Name in the model registry; champions are compared under one name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole run: data, network, recipe, evaluation, promotion. Presets (`pipeline.presets`) make these."""
+
+    preset: tyro.conf.Suppress[str]
+    data: str = SYNTHETIC
+    """Training data: a packed data set, an InsightFace RecordIO folder, or the word synthetic."""
+    benchmarks: str = SYNTHETIC
+    """Verification sets: a folder with .bin files, one such file, or the word synthetic."""
+    storage: str = "outputs"
+    """Where everything goes: a folder or URI (file://, s3://)."""
+    run_name: str = ""
+    """Name of the run; the same name resumes it. Empty: the preset and a digest of the configuration."""
+    num_workers: int = 2
+    """Training workers; the samples of each global batch do not depend on it."""
+    seed: int = 0
+    """Of everything random."""
+    epochs: int = 26
+    """Passes over the data."""
+    batch_size: int = 512
+    """Global batch, over all workers."""
+    precision: Precision = "float32"
+    """Of the network's forward pass."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    model: LGAFConfig = field(default_factory=LGAFConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optimizer: SGDConfig = field(default_factory=SGDConfig)
+    schedule: StepSchedule = field(default_factory=StepSchedule)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
+
+    def __post_init__(self) -> None:
+        """Check what no single part can; ``ValueError`` names the field, its value and what is valid."""
+        for name in ("num_workers", "epochs", "batch_size"):
+            require_positive(name, getattr(self, name))
+        check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
+        if set(self.run_name) & set("/\\ :"):
+            raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")

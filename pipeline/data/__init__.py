@@ -1,0 +1,1 @@
+"""From any face data set to training batches."""

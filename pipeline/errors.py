@@ -1,0 +1,44 @@
+"""Which errors are the user's to mend, and how to find them under what Ray wraps around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from pipeline.data.manifest import ManifestError
+from pipeline.data.pack import PackError
+from pipeline.data.recordio import RecordIOError
+from pipeline.data.shards import ShardError
+from pipeline.storage import StorageError
+
+DATA_ERRORS: Final = (ManifestError, PackError, RecordIOError, ShardError)
+USER_ERRORS: Final = (*DATA_ERRORS, StorageError, ValueError)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from, outermost first: chained causes, Ray's ``cause``, Ray Train's worker errors."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        workers = getattr(current, "worker_failures", None) or {}
+        inner = [current.__cause__, getattr(current, "cause", None), current.__context__, *workers.values()]
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The innermost error that a user can mend, None if there is none (a bug, or the machine)."""
+    found = [cause for cause in causes(error) if isinstance(cause, USER_ERRORS)]
+    specific = [cause for cause in found if isinstance(cause, (*DATA_ERRORS, StorageError))]
+    return (specific or found or [None])[-1]
+
+
+def message(error: BaseException) -> str:
+    """The one line that says what is wrong, without the traceback that Ray puts into its copies."""
+    inner = getattr(error, "cause", None)
+    text = str(inner if isinstance(inner, BaseException) else error)
+    return text.strip() or type(error).__name__

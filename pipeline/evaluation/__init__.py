@@ -1,0 +1,1 @@
+"""Benchmarks: embedding, scoring, reports."""

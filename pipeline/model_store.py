@@ -1,0 +1,59 @@
+"""Exported models: a folder with ``model.safetensors`` and ``config.json``, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any, Final
+
+import safetensors.torch
+from torch import Tensor
+
+from lgaf.config import from_dict
+from lgaf.models import LGAF, LGAFConfig
+from pipeline import storage
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+
+
+def save_model(uri: str, config: LGAFConfig, state: dict[str, Tensor]) -> str:
+    """Write a model and give its fingerprint (sha256 of the weights); the config, which holds it, is written last.
+
+    Args:
+        uri: The folder.
+        config: What `LGAFConfig.build` needs to make the network again.
+        state: Its ``state_dict()``.
+    """
+    weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    fingerprint = hashlib.sha256(weights).hexdigest()
+    storage.write_bytes(storage.join(uri, WEIGHTS), weights)
+    storage.write_json(storage.join(uri, CONFIG), {"model": asdict(config), "sha256": fingerprint})
+    return fingerprint
+
+
+def read_model_info(uri: str) -> dict[str, Any]:
+    """The ``config.json`` of an exported model: keys ``model`` and ``sha256``.
+
+    Raises:
+        StorageError: There is none.
+    """
+    info: dict[str, Any] = storage.read_json(storage.join(uri, CONFIG))
+    return info
+
+
+def load_model(uri: str) -> LGAF:
+    """Read an exported model, in eval mode on the CPU.
+
+    Raises:
+        StorageError: The folder holds no model, or the weights differ from those that were saved.
+        ValueError: The config names something this version does not know.
+    """
+    info = read_model_info(uri)
+    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
+    found = hashlib.sha256(weights).hexdigest()
+    if found != info["sha256"]:
+        raise storage.StorageError(f"{storage.join(uri, WEIGHTS)}: sha256 is {found}, {CONFIG} says {info['sha256']}")
+    model = from_dict(LGAFConfig, info["model"], "model").build()
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval()

@@ -1,0 +1,83 @@
+"""The typed seam to Ray's runtime: starting it, and running functions as tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Be connected to Ray: to the cluster of ``RAY_ADDRESS`` (a submitted job has one), else to an own local one.
+
+    A session that was open before stays open after.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Read by Ray when it starts; the progress shown is our own.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def num_cpus() -> int:
+    """CPUs of the whole cluster, as Ray counts them."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def num_gpus() -> int:
+    """GPUs of the whole cluster, as Ray counts them."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def map_tasks(
+    function: Callable[[A], R], arguments: Sequence[A], on_done: Callable[[int], None] | None = None
+) -> list[R]:
+    """Run a function as one Ray task of one CPU per argument and give the results in order.
+
+    Args:
+        function: A module-level function (it travels by import).
+        arguments: One per task.
+        on_done: Told the number of finished tasks whenever one more is.
+
+    Raises:
+        Exception: What the first failing task raised; the others are cancelled.
+    """
+    task: Any = ray.remote(num_cpus=1)(function)
+    pending = [task.remote(argument) for argument in arguments]
+    references, done = list(pending), 0
+    try:
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1)
+            ray.get(ready)
+            done += len(ready)
+            if on_done is not None:
+                on_done(done)
+    except BaseException:
+        for reference in pending:
+            ray.cancel(reference)
+        raise
+    results: list[R] = ray.get(references)
+    return results

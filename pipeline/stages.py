@@ -1,0 +1,275 @@
+"""The stages of a training job: data, benchmarks, train, evaluate, register."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.data import manifest as manifest_file
+from pipeline.data.benchmarks import find_verification_sets, write_verification_bin
+from pipeline.data.manifest import Manifest
+from pipeline.data.pack import pack
+from pipeline.data.sources import SYNTHETIC, SourceSpec, detect_format, open_source
+from pipeline.data.synthetic import SYNTHETIC_BENCHMARKS, benchmark_pairs
+from pipeline.evaluation.report import EvalReport, loss_figure, outcomes, roc_figure
+from pipeline.evaluation.suite import evaluate_benchmarks
+from pipeline.graph import Stage
+from pipeline.model_store import CONFIG, WEIGHTS
+from pipeline.runtime import map_tasks
+from pipeline.tracking import registry, runs
+from pipeline.tracking.promotion import BenchmarkOutcome, PromotionDecision, decide
+from pipeline.training.metrics_log import read_metrics
+from pipeline.training.trainer import TrainedModel, train
+
+REPORT: Final = "report.json"
+
+# Told (stage, done, total, what to show beside it).
+OnProgress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedData:
+    """Packed training data: where, and the manifest's own fingerprint and counts."""
+
+    uri: str
+    fingerprint: str
+    num_samples: int
+    num_classes: int
+    num_shards: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmarks:
+    """Verification sets: their folder (or the one file) and the sets in it."""
+
+    uri: str
+    sets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registration:
+    """What became of the model in the registry."""
+
+    model_name: str
+    version: int
+    champion_version: int
+    decision: PromotionDecision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlace:
+    """Where a run's results go: its folder, the MLflow store and the MLflow run."""
+
+    uri: str
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgress) -> list[Stage]:
+    """The graph of a training job."""
+    content = asdict(config)
+    recipe = {key: value for key, value in content.items() if key not in ("storage", "workers", "tracking")}
+    return [
+        Stage(
+            name="data",
+            artefact=PackedData,
+            inputs={"data": config.data, "seed": config.seed, "pack": content["pack"]},
+            needs=(),
+            run=functools.partial(_prepare_data, config, on_progress),
+            is_valid=lambda data: storage.exists(storage.join(data.uri, manifest_file.NAME)),
+        ),
+        Stage(
+            name="benchmarks",
+            artefact=Benchmarks,
+            inputs={"benchmarks": config.benchmarks, "seed": config.seed, "pairs": config.pack.benchmark_pairs},
+            needs=(),
+            run=functools.partial(_prepare_benchmarks, config, on_progress),
+            is_valid=lambda found: all(storage.exists(uri) for uri in found.sets),
+        ),
+        Stage(
+            name="train",
+            artefact=TrainedModel,
+            inputs=recipe,
+            needs=("data",),
+            run=functools.partial(_train, config, place, on_progress),
+            is_valid=lambda model: storage.exists(storage.join(model.model_uri, CONFIG)),
+        ),
+        Stage(
+            name="evaluate",
+            artefact=EvalReport,
+            inputs={},
+            needs=("train", "benchmarks"),
+            run=functools.partial(_evaluate, place, on_progress),
+        ),
+        Stage(
+            name="register",
+            artefact=Registration,
+            inputs={"model_name": config.tracking.model_name, "policy": content["promotion"]},
+            needs=("data", "train", "evaluate"),
+            run=functools.partial(_register, config, place, on_progress),
+        ),
+    ]
+
+
+def _prepare_data(config: TrainConfig, on_progress: OnProgress, needed: Mapping[str, Any]) -> PackedData:
+    kind = detect_format(config.data)
+    if kind == "packed":
+        return _describe(Manifest.load(config.data))
+    spec = SourceSpec(
+        format=kind,
+        uri="" if kind == SYNTHETIC else storage.normalise(config.data),
+        seed=config.seed,
+        synthetic=config.pack.synthetic,
+    )
+    return _describe(pack_shared(spec, config, on_progress))
+
+
+def pack_shared(spec: SourceSpec, config: TrainConfig, on_progress: OnProgress) -> Manifest:
+    """Pack a source into the storage's ``data`` folder, once: runs on equal data share the shards."""
+    key = {
+        "source": open_source(spec).describe(),
+        "seed": config.seed,
+        "samples_per_shard": config.pack.samples_per_shard,
+    }
+    output = storage.join(config.storage, "data", f"{spec.format}-{storage.fingerprint(key)[:12]}")
+    if storage.exists(storage.join(output, manifest_file.NAME)):
+        return Manifest.load(output)
+    return pack(
+        spec,
+        output,
+        samples_per_shard=config.pack.samples_per_shard,
+        seed=config.seed,
+        on_progress=lambda done, total: on_progress("data", done, total, "shards packed"),
+    )
+
+
+def _describe(manifest: Manifest) -> PackedData:
+    return PackedData(
+        uri=manifest.uri,
+        fingerprint=manifest.fingerprint,
+        num_samples=manifest.num_samples,
+        num_classes=manifest.num_classes,
+        num_shards=len(manifest.shards),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SyntheticSet:
+    name: str
+    num_pairs: int
+    seed: int
+    uri: str
+
+
+def _prepare_benchmarks(config: TrainConfig, on_progress: OnProgress, needed: Mapping[str, Any]) -> Benchmarks:
+    uri = config.benchmarks
+    if uri == SYNTHETIC:
+        pairs = config.pack.benchmark_pairs
+        uri = storage.join(config.storage, "benchmarks", f"synthetic-{config.seed}-{pairs}")
+        tasks = [
+            _SyntheticSet(name=name, num_pairs=pairs, seed=config.seed, uri=storage.join(uri, f"{name}.bin"))
+            for name in SYNTHETIC_BENCHMARKS
+        ]
+        missing = [task for task in tasks if not storage.exists(task.uri)]
+        map_tasks(_write_synthetic_set, missing, lambda done: on_progress("benchmarks", done, len(missing), "sets"))
+    return Benchmarks(uri=storage.normalise(uri), sets=tuple(find_verification_sets(uri)))
+
+
+def _write_synthetic_set(task: _SyntheticSet) -> None:
+    images, is_same = benchmark_pairs(task.name, task.num_pairs, task.seed)
+    write_verification_bin(task.uri, images, is_same)
+
+
+def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> TrainedModel:
+    data: PackedData = needed["data"]
+    runs.log_dataset(
+        place.tracking_uri,
+        place.mlflow_run_id,
+        name=data.uri.rsplit("/", 1)[1],
+        uri=data.uri,
+        fingerprint=data.fingerprint,
+        num_samples=data.num_samples,
+        num_classes=data.num_classes,
+    )
+    trained = train(
+        config,
+        Manifest.load(data.uri),
+        place.uri,
+        tracking_uri=place.tracking_uri,
+        mlflow_run_id=place.mlflow_run_id,
+        on_progress=lambda done, total, loss, rate: on_progress(
+            "train", done, total, f"loss {loss:6.3f}  {rate:5.0f} images/s"
+        ),
+    )
+    lines = read_metrics(place.uri)
+    figure = loss_figure(*([line[name] for line in lines] for name in ("step", "loss", "lr")))
+    runs.log_figure(place.tracking_uri, place.mlflow_run_id, "loss", figure)
+    return trained
+
+
+def _evaluate(place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> EvalReport:
+    model: TrainedModel = needed["train"]
+    report, curves = evaluate_benchmarks(
+        model.model_uri,
+        needed["benchmarks"].uri,
+        on_progress=lambda done, total: on_progress("evaluate", done, total, "images embedded"),
+    )
+    storage.write_bytes(storage.join(place.uri, REPORT), report.to_json().encode())
+    runs.log_metrics(place.tracking_uri, place.mlflow_run_id, report.metrics(), model.num_steps - 1)
+    runs.log_json(place.tracking_uri, place.mlflow_run_id, "report", asdict(report))
+    runs.log_figure(place.tracking_uri, place.mlflow_run_id, "roc", roc_figure(curves))
+    return report
+
+
+def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> Registration:
+    data, model, report = needed["data"], needed["train"], needed["evaluate"]
+    name, store = config.tracking.model_name, place.tracking_uri
+    with tempfile.TemporaryDirectory() as folder:
+        for file in (WEIGHTS, CONFIG):
+            (Path(folder) / file).write_bytes(storage.read_bytes(storage.join(model.model_uri, file)))
+        version = registry.register_model(
+            store,
+            place.mlflow_run_id,
+            Path(folder),
+            name,
+            embedding_dim=config.model.embedding_dim,
+            tags={
+                "model_fingerprint": model.fingerprint,
+                "data_fingerprint": data.fingerprint,
+                "report_uri": storage.join(place.uri, REPORT),
+                "run_name": config.run_name,
+            },
+            description=f"LGAF of run {config.run_name}, mean accuracy {report.mean_accuracy:.4f}.",
+        )
+    on_progress("register", 1, 2, f"{name} version {version}")
+    champion = registry.champion(store, name)
+    if champion is not None and champion.version == version:
+        champion = _previous(store, name, champion)  # a repeated call decides as the first one did
+    theirs = None
+    if champion is not None:
+        theirs = _outcomes(EvalReport.from_json(storage.read_bytes(champion.tags["report_uri"]).decode()))
+    decision = decide(_outcomes(report), theirs, config.promotion)
+    seen = champion.version if champion is not None else None
+    after = registry.apply(store, name, version, decision, champion_seen=seen)
+    on_progress("register", 2, 2, "promoted" if decision.promote else "not promoted")
+    return Registration(
+        model_name=name, version=version, champion_version=after.version if after else 0, decision=decision
+    )
+
+
+def _previous(store: str, name: str, champion: registry.ModelVersionInfo) -> registry.ModelVersionInfo | None:
+    before = champion.tags.get(registry.PREVIOUS_CHAMPION_TAG)
+    return registry.get_version(store, name, int(before)) if before else None
+
+
+def _outcomes(report: EvalReport) -> list[BenchmarkOutcome]:
+    return [
+        BenchmarkOutcome(name=result.name, fingerprint=result.fingerprint, correct=outcomes(result))
+        for result in report.benchmarks
+    ]

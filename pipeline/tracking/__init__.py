@@ -1,0 +1,1 @@
+"""MLflow: runs, registry, promotion. The only place that knows it."""

@@ -1,0 +1,39 @@
+"""Failures that a restart cannot mend: noted in the run's folder, so that no retry is spent on them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pipeline import storage
+from pipeline.errors import DATA_ERRORS, causes, message
+
+NAME: Final = "fatal_error.json"
+
+
+class FatalTrainingError(ValueError):
+    """A run that stopped for good; the message is that of its cause."""
+
+
+def record_fatal(run_uri: str, error: BaseException) -> None:
+    """Note an error if it is the data's fault; any other (a lost worker, a broken connection) is worth a restart."""
+    fatal = next((cause for cause in causes(error) if isinstance(cause, DATA_ERRORS)), None)
+    if fatal is not None:
+        storage.write_json(storage.join(run_uri, NAME), {"type": type(fatal).__name__, "message": message(fatal)})
+
+
+def clear_fatal(run_uri: str) -> None:
+    """Forget the note of an earlier attempt."""
+    storage.delete_file(storage.join(run_uri, NAME))
+
+
+def fatal_message(run_uri: str) -> str | None:
+    """What was noted, None if nothing."""
+    uri = storage.join(run_uri, NAME)
+    return str(storage.read_json(uri)["message"]) if storage.exists(uri) else None
+
+
+def raise_fatal(run_uri: str) -> None:
+    """Raise `FatalTrainingError` if a failure was noted."""
+    noted = fatal_message(run_uri)
+    if noted is not None:
+        raise FatalTrainingError(noted)

@@ -1,0 +1,205 @@
+"""The training loop of one Ray Train worker: batches in, metrics and checkpoints out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from lgaf.distributed import all_gather_stack, rank_in, world_size
+from lgaf.heads.margins import create_margin
+from lgaf.heads.sharded import ShardedMarginHead
+from lgaf.step import TrainStep
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.data.order import rank_slots, steps_per_epoch
+from pipeline.data.stream import TRAIN, BatchAssembler, StreamPlan, TrainBatch
+from pipeline.model_store import save_model
+from pipeline.tracking import metric_names
+from pipeline.tracking.metric_sink import MetricSink
+from pipeline.training.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from pipeline.training.failure import record_fatal
+from pipeline.training.metrics_log import MetricsLog, StepMetrics
+
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSpec:
+    """What a worker needs: travels to it by Ray.
+
+    Attributes:
+        config: Of the run.
+        run_uri: Folder of the run.
+        plan: Its samples.
+        tracking_uri: MLflow store.
+        mlflow_run_id: Run to log to.
+        progress: Actor that is told how far the run is (method ``update``), or None.
+    """
+
+    config: TrainConfig
+    run_uri: str
+    plan: StreamPlan
+    tracking_uri: str
+    mlflow_run_id: str
+    progress: Any = None
+
+
+class _Pending(NamedTuple):
+    """A step whose loss is not read yet: reading it would wait for the device."""
+
+    step: int
+    loss: torch.Tensor
+    learning_rate: float
+    seconds: float
+    data_wait_s: float
+    indices: np.ndarray
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """Entry point of each Ray Train worker; ``loop_config["spec"]`` is a `LoopSpec`."""
+    spec: LoopSpec = loop_config["spec"]
+    try:
+        _train(spec)
+    except Exception as error:
+        # Bad data stays bad: say so once, instead of restarting the group until the retries are used up.
+        record_fatal(spec.run_uri, error)
+        raise
+
+
+def _train(spec: LoopSpec) -> None:
+    config, plan = spec.config, spec.plan
+    step = build_train_step(spec, dist.group.WORLD)
+    first = latest_step(spec.run_uri)
+    if first:
+        restore_checkpoint(spec.run_uri, first, step)
+    log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
+    batches = BatchAssembler(
+        iter(
+            ray.train.get_dataset_shard(TRAIN).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+        ),
+        batch=plan.batch,
+        num_streams=plan.config.num_streams,
+        world_size=world_size(step.group),
+        rank=rank_in(step.group),
+    )
+    pending: list[_Pending] = []
+    last_time = time.perf_counter()
+    for number in range(first, plan.total_steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        data_wait_s = time.perf_counter() - asked
+        result = step(*_to_tensors(batch))
+        now = time.perf_counter()
+        pending.append(_Pending(number, result.loss, result.learning_rate, now - last_time, data_wait_s, batch.indices))
+        last_time = now
+        done = number + 1
+        saves = done % config.workers.checkpoint_every_steps == 0 or done == plan.total_steps
+        if saves or done % config.workers.log_every_steps == 0:
+            _flush(pending, step, plan, log)
+        if saves:
+            details = {"world_size": world_size(step.group), "data_fingerprint": plan.manifest.fingerprint}
+            save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
+            last_time = time.perf_counter()  # a save is not part of any step's time
+    if log is not None:
+        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.model.state_dict())
+        log.close()
+    dist.barrier()
+
+
+def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
+    """Network, head and optimizer of a run on this worker's device; the same initial weights on every rank."""
+    config = spec.config
+    workers = world_size(group)
+    torch.set_num_threads(config.workers.threads or max(1, (os.cpu_count() or 1) // workers))
+    device = ray.train.torch.get_device()
+    torch.manual_seed(config.seed)
+    model = config.model.build().to(device)
+    head = ShardedMarginHead(
+        spec.plan.manifest.num_classes,
+        config.model.embedding_dim,
+        create_margin(config.head.name, margin=config.head.margin, scale=config.head.scale),
+        group=group,
+        seed=config.seed,
+    ).to(device)
+    return TrainStep(
+        model,
+        head,
+        config.optimizer,
+        config.schedule,
+        spec.plan.total_steps,
+        group=group,
+        precision=config.precision,
+        seed=config.seed,
+    )
+
+
+def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+
+
+def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _RankZeroLog | None) -> None:
+    """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this."""
+    workers = world_size(step.group)
+    slots = [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
+    longest = max(high - low for low, high in slots)
+    own = np.full((len(pending), longest), -1, np.int64)
+    for row, entry in enumerate(pending):
+        own[row, : len(entry.indices)] = entry.indices
+    everyone = all_gather_stack(torch.from_numpy(own).to(step.device), step.group).cpu().numpy()
+    if log is not None:
+        digests = []
+        for row in range(len(pending)):
+            parts = [everyone[rank, row, : high - low] for rank, (low, high) in enumerate(slots)]
+            digests.append(hashlib.sha256(np.concatenate(parts).astype("<i8").tobytes()).hexdigest())
+        log.write(pending, digests)
+    pending.clear()
+
+
+class _RankZeroLog:
+    """Where rank 0 reports: ``metrics.jsonl``, MLflow, and the progress display."""
+
+    def __init__(self, spec: LoopSpec, first_step: int) -> None:
+        self._plan, self._progress = spec.plan, spec.progress
+        self._per_epoch = steps_per_epoch(spec.plan.manifest, spec.plan.batch)
+        self._file = MetricsLog(spec.run_uri, first_step)
+        self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
+
+    def write(self, pending: list[_Pending], digests: list[str]) -> None:
+        """Write the lines of some steps."""
+        lines = []
+        for entry, digest in zip(pending, digests, strict=True):
+            line = StepMetrics(
+                step=entry.step,
+                epoch=entry.step // self._per_epoch,
+                loss=float(entry.loss),
+                lr=entry.learning_rate,
+                images_per_second=self._plan.batch / entry.seconds,
+                samples_digest=digest,
+            )
+            lines.append(line)
+            self._sink.put(
+                line.step,
+                {
+                    metric_names.LOSS: line.loss,
+                    metric_names.LEARNING_RATE: line.lr,
+                    metric_names.EPOCH: line.epoch,
+                    metric_names.IMAGES_PER_SECOND: line.images_per_second,
+                    metric_names.DATA_WAIT_S: entry.data_wait_s,
+                },
+            )
+        self._file.write(lines)
+        if self._progress is not None:
+            self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
+
+    def close(self) -> None:
+        """Send what MLflow does not have yet."""
+        self._sink.close()

@@ -1,0 +1,182 @@
+"""A run on Ray Train: starts the workers, survives their deaths, gives the trained model."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import steps_per_epoch
+from pipeline.data.stream import TRAIN, PlannedDataConfig, StreamPlan
+from pipeline.model_store import read_model_info
+from pipeline.training.checkpoint import latest_step
+from pipeline.training.failure import clear_fatal, fatal_message, raise_fatal
+from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
+from pipeline.training.metrics_log import read_metrics
+
+POLL_S = 0.5
+
+OnProgress = Callable[[int, int, float, float], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """What training leaves.
+
+    Attributes:
+        model_uri: Folder of the exported model.
+        fingerprint: SHA-256 of its weights.
+        num_steps: Steps of the run.
+        final_loss: Mean loss of the last epoch's steps.
+        images_per_second: Median over the steps.
+    """
+
+    model_uri: str
+    fingerprint: str
+    num_steps: int
+    final_loss: float
+    images_per_second: float
+
+
+@ray.remote(num_cpus=0)
+class _ProgressBoard:
+    """How far the run is: rank 0 tells it, the driver asks it. Works wherever the workers are."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, float, float] | None = None
+
+    def update(self, steps_done: int, loss: float, images_per_second: float) -> None:
+        self._latest = (steps_done, loss, images_per_second)
+
+    def latest(self) -> tuple[int, float, float] | None:
+        return self._latest
+
+
+def stream_plan(config: TrainConfig, manifest: Manifest) -> StreamPlan:
+    """Which samples a run trains on; ``ValueError`` if the data are smaller than one batch."""
+    return StreamPlan(
+        manifest=manifest,
+        config=config.stream,
+        seed=config.seed,
+        batch=config.batch_size,
+        total_steps=config.epochs * steps_per_epoch(manifest, config.batch_size),
+    )
+
+
+def train(
+    config: TrainConfig,
+    manifest: Manifest,
+    run_uri: str,
+    *,
+    tracking_uri: str,
+    mlflow_run_id: str,
+    on_progress: OnProgress | None = None,
+) -> TrainedModel:
+    """Train a run from its newest checkpoint, or from the start, to its end.
+
+    Args:
+        config: Of the run.
+        manifest: The packed data.
+        run_uri: Folder of the run: checkpoints, ``metrics.jsonl``, the exported model.
+        tracking_uri: MLflow store.
+        mlflow_run_id: Run to log to.
+        on_progress: Told (steps done, steps in all, loss, images/s).
+
+    Raises:
+        FatalTrainingError: The data are bad; the message names the shard.
+        TrainingFailedError: Workers died more often than ``workers.max_failures``.
+    """
+    plan = stream_plan(config, manifest)
+    clear_fatal(run_uri)
+    board: Any = _ProgressBoard.remote()  # type: ignore[attr-defined]
+    spec = LoopSpec(
+        config=config,
+        run_uri=run_uri,
+        plan=plan,
+        tracking_uri=tracking_uri,
+        mlflow_run_id=mlflow_run_id,
+        progress=board,
+    )
+    trainer = _trainer(config, spec)
+    finished = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, plan.total_steps, on_progress, finished), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    except Exception:
+        raise_fatal(run_uri)  # the plain reason instead of Ray's wrapping of it
+        raise
+    finally:
+        finished.set()
+        watcher.join()
+    return _result(config, manifest, run_uri, plan.total_steps)
+
+
+def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
+    filesystem, path = storage.resolve(storage.join(spec.run_uri, "ray"))
+    reserved = config.num_workers * config.workers.cpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.workers.use_gpu,
+            resources_per_worker={"CPU": config.workers.cpus_per_worker}
+            | ({"GPU": 1} if config.workers.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+        ),
+        # Asked again on every restart of the group: there a noted fatal error ends the run.
+        datasets={TRAIN: functools.partial(_shard_listing, spec.run_uri)},
+        dataset_config=PlannedDataConfig(spec.plan, functools.partial(latest_step, spec.run_uri), reserved),
+    )
+
+
+def _shard_listing(run_uri: str) -> Any:
+    """What Ray Train takes as the data set; `PlannedDataConfig` replaces it by the ranks' read plans."""
+    noted = fatal_message(run_uri)
+    if noted is not None:
+        raise RuntimeError(noted)
+    return ray.data.range(1)
+
+
+def _watch(board: Any, total: int, on_progress: OnProgress | None, finished: threading.Event) -> None:
+    while on_progress is not None:
+        done = finished.wait(POLL_S)
+        try:
+            latest = ray.get(board.latest.remote(), timeout=5)
+        except Exception:  # the display must never end a run
+            return
+        if latest is not None:
+            on_progress(latest[0], total, latest[1], latest[2])
+        if done:
+            return
+
+
+def _result(config: TrainConfig, manifest: Manifest, run_uri: str, total_steps: int) -> TrainedModel:
+    lines = read_metrics(run_uri)
+    last_epoch = lines[-steps_per_epoch(manifest, config.batch_size) :]
+    model_uri = storage.join(run_uri, MODEL_FOLDER)
+    return TrainedModel(
+        model_uri=model_uri,
+        fingerprint=read_model_info(model_uri)["sha256"],
+        num_steps=total_steps,
+        final_loss=float(np.mean([line["loss"] for line in last_epoch])),
+        images_per_second=float(np.median([line["images_per_second"] for line in lines])),
+    )

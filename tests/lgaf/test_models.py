@@ -1,0 +1,205 @@
+"""The network: sizes, shapes, switches, and the fusion by quality."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lgaf import LGAFConfig, create_backbone
+from lgaf.config import from_dict
+from lgaf.models.fusion import LocalGlobalFusion
+from lgaf.models.local_branch import LANet, MultiHeadMultiScale, scale_convolution
+from tests.distributed import run_distributed
+
+MICRO = LGAFConfig(backbone="micro", embedding_dim=16)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_body_of_iresnet100_has_the_published_size():
+    # 65,156,160 of insightface's iresnet100, less the 12,845,568 of its fc and the 1,024 of its last BN ("features")
+    # and the 1,024 of bn2, which belong to the global branch here.
+    body = create_backbone("iresnet100")
+    assert _parameters(body) == 65_156_160 - 12_845_568 - 1_024 - 1_024
+    with torch.no_grad():
+        assert body.eval()(torch.zeros(1, 3, 112, 112)).shape == (1, 512, 7, 7)
+
+
+@pytest.mark.parametrize(("name", "size"), [("iresnet18", 24_025_600), ("iresnet50", 43_590_848)])
+def test_the_smaller_bodies_too(name, size):
+    assert _parameters(create_backbone(name)) == size - 12_845_568 - 2_048
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "micro"])
+@pytest.mark.parametrize("branches", [("global",), ("local",), ("global", "local")])
+@pytest.mark.parametrize("quality", ["norm", "none"])
+def test_every_switch_embeds_and_learns(backbone, branches, quality):
+    model = LGAFConfig(backbone=backbone, embedding_dim=32, branches=branches, quality=quality).build()
+    out = model(torch.randn(3, 3, 112, 112))
+    assert out.embedding_BD.shape == (3, 32)
+    assert out.norm_local_B.shape == out.norm_global_B.shape == out.weight_local_B.shape == (3,)
+    out.embedding_BD.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_state_dict_round_trip_keeps_the_statistics():
+    torch.manual_seed(0)
+    model = MICRO.build()
+    model(torch.randn(8, 3, 112, 112))
+    copy = MICRO.build()
+    copy.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images).embedding_BD, copy.eval()(images).embedding_BD)
+    assert copy.fusion.local_quality.std.item() != 100.0
+
+
+def test_an_embedding_does_not_depend_on_its_batch():
+    model = MICRO.build().double().eval()
+    images = torch.randn(4, 3, 112, 112, dtype=torch.float64)
+    with torch.no_grad():
+        together = model(images)
+        alone = model(images[:1])
+    torch.testing.assert_close(together.weight_local_B[:1], alone.weight_local_B)
+    torch.testing.assert_close(together.embedding_BD[:1], alone.embedding_BD)
+
+
+def test_method_three_adds_the_branches():
+    torch.manual_seed(0)
+    model = dataclasses.replace(MICRO, quality="none").build().eval()
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        features = model.backbone(images)
+        expected = model.local_branch(features) + model.global_branch(features)
+        torch.testing.assert_close(model(images).embedding_BD, expected)
+
+
+class TestFusion:
+    def test_weights_follow_equations_six_and_nine(self):
+        fusion = LocalGlobalFusion().eval()
+        fusion.local_quality.mean.fill_(20.0), fusion.local_quality.std.fill_(2.0)
+        fusion.global_quality.mean.fill_(22.0), fusion.global_quality.std.fill_(4.0)
+        local, global_ = torch.zeros(1, 4), torch.zeros(1, 4)
+        local[0, 0], global_[0, 0] = 23.0, 20.0
+        quality_local = 0.333 * 3.0 / 2.001 + 1
+        quality_global = 0.333 * -2.0 / 4.001 + 1
+        _, weight = fusion(local, global_)
+        assert weight.item() == pytest.approx(
+            (quality_local + 1e-3) / (quality_local + quality_global + 2e-3), rel=1e-5
+        )
+
+    def test_both_at_their_worst_gives_halves(self):
+        fusion = LocalGlobalFusion().eval()
+        for quality in (fusion.local_quality, fusion.global_quality):
+            quality.mean.fill_(20.0), quality.std.fill_(1.0)
+        fused, weight = fusion(torch.zeros(2, 4), torch.zeros(2, 4))
+        assert weight.tolist() == [0.5, 0.5]
+        assert torch.isfinite(fused).all()
+
+    def test_starts_at_about_a_half(self):
+        _, weight = LocalGlobalFusion()(torch.randn(64, 32), torch.randn(64, 32))
+        assert (weight - 0.5).abs().max() < 0.01
+
+    def test_statistics_move_by_the_moving_average(self):
+        fusion = LocalGlobalFusion()
+        local = torch.randn(16, 8)
+        fusion(local, torch.randn(16, 8))
+        norms = local.norm(dim=1)
+        assert fusion.local_quality.mean.item() == pytest.approx(0.01 * norms.mean().item() + 0.99 * 20.0, rel=1e-5)
+        assert fusion.local_quality.std.item() == pytest.approx(0.01 * norms.std().item() + 0.99 * 100.0, rel=1e-5)
+
+    def test_one_image_moves_no_deviation(self):
+        fusion = LocalGlobalFusion()
+        fusion(torch.randn(1, 8), torch.randn(1, 8))
+        assert fusion.local_quality.std.item() == pytest.approx(100.0)
+
+    def test_no_gradient_flows_through_the_weights(self):
+        local = torch.randn(4, 8, requires_grad=True)
+        _, weight = LocalGlobalFusion()(local, torch.randn(4, 8))
+        assert not weight.requires_grad
+
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_any_world_size_gives_the_same_weights(self, world):
+        run_distributed(world, _check_global_statistics)
+
+
+def _check_global_statistics(group) -> None:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(2)
+    local, global_ = torch.randn(7, 8, generator=generator) * 9, torch.randn(7, 8, generator=generator) * 7
+    alone = LocalGlobalFusion()
+    _, expected = alone(local, global_)
+    shared = LocalGlobalFusion()
+    shared.local_quality.group = shared.global_quality.group = group
+    own = slice(rank * 7 // world, (rank + 1) * 7 // world)
+    _, weight = shared(local[own], global_[own])
+    torch.testing.assert_close(weight, expected[own], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shared.local_quality.std, alone.local_quality.std)
+
+
+def test_local_attention_weighs_positions_alike_over_channels():
+    attention = LANet(16)
+    x = torch.rand(2, 16, 7, 7) + 0.1
+    ratio = attention(x) / x
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+    assert ratio.std() > 0
+
+
+@pytest.mark.parametrize(("kernel", "num_convolutions"), [(1, 1), (3, 2), (5, 3), (7, 4)])
+def test_scales_have_their_equivalent_kernels(kernel, num_convolutions):
+    stack = scale_convolution(4, 4, kernel).eval()
+    convolutions = [m for m in stack.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == num_convolutions
+    for convolution in convolutions:
+        torch.nn.init.ones_(convolution.weight)
+    impulse = torch.zeros(1, 4, 9, 9)
+    impulse[0, :, 4, 4] = 1
+    reached = (stack(impulse)[0, 0] != 0).nonzero()
+    assert (reached.max(0).values - reached.min(0).values + 1).tolist() == [kernel, kernel]
+
+
+def test_heads_share_the_embedding():
+    branch = MultiHeadMultiScale(16, 32, 4, (1, 3), 0.0)
+    assert [head.project.out_features for head in branch.heads] == [8, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("backbone", "iresnet101", "model.backbone='iresnet101'.*did you mean"),
+        ("num_heads", 3, "model.num_heads=3 must divide"),
+        ("scales", (2,), r"model.scales=\(2,\)"),
+        ("branches", (), "model.branches"),
+        ("quality", "entropi", "model.quality='entropi'"),
+        ("dropout", 1.5, "model.dropout=1.5"),
+    ],
+)
+def test_bad_fields_are_named(field, value, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(MICRO, **{field: value})
+
+
+def test_config_json_round_trip():
+    values = json.loads(json.dumps(dataclasses.asdict(MICRO)))
+    assert from_dict(LGAFConfig, values) == MICRO
+    with pytest.raises(ValueError, match="the key='num_head'.*did you mean 'num_heads'"):
+        from_dict(LGAFConfig, {"num_head": 4})
+    with pytest.raises(ValueError, match="num_heads='4' must be of type int"):
+        from_dict(LGAFConfig, {"num_heads": "4"})
+
+
+def test_lgaf_needs_torch_and_numpy_alone():
+    code = (
+        "import sys, lgaf; [getattr(lgaf, name) for name in lgaf.__all__]; import lgaf.step, lgaf.state, lgaf.reference;"
+        "bad = {'ray', 'mlflow', 'pyarrow', 'cv2', 'PIL', 'tyro', 'rich', 'webdataset', 'boto3', 'fsspec', 'pydantic'};"
+        "assert not bad & set(sys.modules), bad & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

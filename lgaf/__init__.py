@@ -1,6 +1,7 @@
 """LGAF: the science. Needs torch and numpy, nothing else.
 
-The names below are imported on first use: ``import lgaf.config`` in a process that only handles data does not load torch.
+The names below are imported on first use, so that ``import lgaf.config`` in a process that only handles data does not
+load torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks and JSON reading shared by the frozen config dataclasses.
 
-Every config of this project is ``@dataclass(frozen=True, kw_only=True, slots=True)``: a run is a value, and a variant is
-``dataclasses.replace`` of another, so that a preset can never leak into the next one.
+Every config of this project is ``@dataclass(frozen=True, kw_only=True, slots=True)``: a run is a value, and a variant
+is ``dataclasses.replace`` of another, so that a preset can never leak into the next one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def require_choice(field: str, value: object, choices: Collection[object]) -> None:
-    """Raise ``ValueError`` naming ``field``, its value and the valid ones (the nearest first) unless it is one of them."""
+    """Raise ``ValueError`` naming ``field``, its value, the nearest valid one and all of them, unless it is one."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
@@ -72,15 +72,6 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return _coerce(typing.get_args(hint)[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={value!r} must be a mapping of {hint.__name__} fields")
-        return from_dict(typing.cast("type[Any]", hint), value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}={value!r} must be a list")
-        item = typing.get_args(hint)[0]
-        return tuple(_coerce(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -88,8 +79,25 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         require_choice(where, value, typing.get_args(hint))
         return value
+    if origin is tuple:
+        return _coerce_tuple(typing.get_args(hint)[0], value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}={value!r} must be a mapping of {hint.__name__} fields")
+        return from_dict(hint, value, where)
+    return _coerce_plain(hint, value, where)
+
+
+def _coerce_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where}={value!r} must be a list")
+    return tuple(_coerce(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+
+
+def _coerce_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    # bool is an int to Python, not to a reader of a config.
     if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
         raise ValueError(f"{where}={value!r} must be of type {hint.__name__}")
     return value

@@ -75,9 +75,9 @@ class _AllGatherRows(torch.autograd.Function):
         return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         sizes, longest = ctx.sizes, max(ctx.sizes)
-        parts = torch.stack([_pad_rows(part, longest) for part in grads[0].split(sizes)])
+        parts = torch.stack([_pad_rows(part, longest) for part in torch.split(grads[0], sizes)])
         own = parts.new_empty(parts.shape[1:])
         dist.reduce_scatter_tensor(own, parts.flatten(0, 1).contiguous(), group=ctx.group)
         return own[: sizes[rank_in(ctx.group)]], None, None
@@ -105,5 +105,5 @@ class _ScaleGradient(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None

@@ -13,7 +13,7 @@ from lgaf.config import require_in_range, require_positive
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SGDConfig:
-    """Momentum SGD; decay on matrices and kernels only, not on norms and biases (PROTOCOLS 3(f), the AdaFace recipe)."""
+    """Momentum SGD; decay on matrices and kernels only, not on norms and biases (as AdaFace)."""
 
     learning_rate: float = 0.1
     momentum: float = 0.9

@@ -17,7 +17,7 @@ class StepSchedule:
 
     Attributes:
         milestones: Where the rate drops, as shares of the run. The default is the paper's 12, 20 and 24 epochs (4.1.3)
-            of the recipe's 26 (PROTOCOLS 5 row 20), so that a run of any length keeps the shape.
+            of 26 (AdaFace's recipe, whose milestones these are), so that a run of any length keeps the shape.
         factor: What each milestone multiplies the rate by.
         warmup: Share of the run in which the rate rises linearly from near 0; the paper has none.
     """

@@ -1,13 +1,14 @@
 """The state of a TrainStep as tensors that do not depend on the world size.
 
-The head's tensors are DTensors sharded over classes: `torch.distributed.checkpoint` writes them from any number of ranks
-and reads them into any other. The tensors are views of the live ones, so loading into the dictionary is a restore.
+The head's tensors are DTensors sharded over classes: `torch.distributed.checkpoint` writes them from any number of
+ranks and reads them into any other. The tensors are views of the live ones: loading into the dictionary is a restore.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -38,5 +39,5 @@ def _over_classes(step: TrainStep, shard: Tensor) -> Tensor:
     if group is None or world_size(group) == 1:
         return shard
     mesh = DeviceMesh.from_group(group, shard.device.type)
-    shape = (step.head.num_classes, *shard.shape[1:])
+    shape = torch.Size((step.head.num_classes, *shard.shape[1:]))
     return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=shard.stride())

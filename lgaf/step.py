@@ -68,7 +68,7 @@ class TrainStep:
         self.num_steps_done = 0
         self.device = head.weight.device
         model.set_process_group(group)
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         self._network: nn.Module = model
         if world_size(group) > 1:
             # Batch-norm buffers stay each rank's own; sending rank 0's around would cost a collective every step.
@@ -95,7 +95,7 @@ class TrainStep:
         embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
         loss: Tensor = self.head(embedding_BD, labels_B.to(self.device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.num_steps_done += 1
         return StepResult(loss.detach(), learning_rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import tyro
@@ -72,7 +72,7 @@ class PackArguments:
     """Samples of every shard but the last."""
     seed: int = 0
     """Of the shuffle."""
-    synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 def pack_job(arguments: list[str] | None = None) -> int:
@@ -120,7 +120,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
 
 def _with_place(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on where the job runs: absolute storage, and a run name that the same command gives again."""
+    """Fill in what depends on where the job runs: absolute storage, and a run name that this command always gives."""
     folder = config.storage
     if "://" not in folder and "runtime_resources" in os.getcwd() and not os.path.isabs(folder):
         # A packaged working directory (`ray job submit --working-dir`) is deleted after the job.

@@ -28,7 +28,7 @@ class PackConfig:
 
     samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
     """Samples of every shard but the last."""
-    synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Size of the synthetic training set (used with --data synthetic)."""
     benchmark_pairs: int = 600
     """Pairs of each synthetic verification set (used with --benchmarks synthetic)."""
@@ -61,8 +61,8 @@ class WorkersConfig:
     """What the training workers take of the cluster, and how often they save."""
 
     cpus_per_worker: float = 0.01
-    """CPUs that Ray reserves per worker; next to none (Ray Train refuses 0) leaves those of a small machine to Ray Data,
-    which would wait for ever for CPUs that idle training workers hold."""
+    """CPUs that Ray reserves per worker. Next to none (Ray Train refuses 0) leaves those of a small machine to Ray
+    Data, which would else wait for ever."""
     use_gpu: bool = False
     """One GPU per worker."""
     threads: int = 0

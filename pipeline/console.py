@@ -74,7 +74,7 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "shards": f"{data.uri}  ({data.num_samples:,} faces of {data.num_classes:,} identities, {data.num_shards} shards)",
+        "shards": f"{data.uri}  ({data.num_samples:,} faces, {data.num_classes:,} identities, {data.num_shards} shards)",
         "run": place.uri,
         "metrics": storage.join(place.uri, METRICS),
         "model": model.model_uri,
@@ -93,9 +93,8 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
             f"({result.num_pairs:,} pairs, {result.num_folds} folds)  TAR@FAR=1e-2 {result.tar_at_far['1e-2']:.4f}",
         )
     table.add_section()
-    table.add_row(
-        "speed", f"{model.images_per_second:,.0f} images/s over {model.num_steps:,} steps; {seconds:.0f} s in all"
-    )
+    speed = f"{model.images_per_second:,.0f} images/s over {model.num_steps:,} steps; {seconds:.0f} s in all"
+    table.add_row("speed", speed)
     verdict = "[green]promoted[/]" if registered.decision.promote else "[yellow]not promoted[/]"
     table.add_row("registry", f"{registered.model_name} version {registered.version}: {verdict}")
     table.add_row("champion", f"version {registered.champion_version}")

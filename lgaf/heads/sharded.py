@@ -148,7 +148,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return (log_partition_G - stats_W3G[:, 2].sum(dim=0)).mean()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         logits_GC, log_partition_G, rows_N, columns_N = ctx.saved_tensors
         grad_GC = (logits_GC - log_partition_G[:, None]).exp_()
         grad_GC[rows_N, columns_N] -= 1.0

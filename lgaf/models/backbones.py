@@ -1,7 +1,7 @@
 """Backbones that turn a face crop into the feature map C(x).
 
-The body of the improved residual network of ArcFace (insightface `iresnet`; PROTOCOLS 3(g)): 112x112 in, 7x7 out. The
-map is what the paper calls C(x); the projection to an embedding belongs to the branches (`global_branch`, `local_branch`).
+The body of the improved residual network of ArcFace (insightface `iresnet`): 112x112 in, 7x7 out. The map is what the
+paper calls C(x); the projection to an embedding belongs to the branches (`global_branch`, `local_branch`).
 """
 
 # Shape legend: B = batch on this rank, C = channels, H, W = height and width of the map
@@ -28,7 +28,7 @@ class IResNetSpec:
     stem_stride: int = 1
 
 
-# name -> size. `tiny` and `micro` are for CPUs: the stem halves the image, so that all stages run on a quarter of the pixels.
+# name -> size. In `tiny` and `micro`, for CPUs, the stem halves the image: all stages run on a quarter of the pixels.
 BACKBONES: Final[dict[str, IResNetSpec]] = {
     "iresnet18": IResNetSpec(blocks=(2, 2, 2, 2)),
     "iresnet34": IResNetSpec(blocks=(3, 4, 6, 3)),

@@ -1,6 +1,6 @@
 """FQA and LGF: how good each branch's feature is, and their fusion by it (paper section 3.2, eq. 4-10).
 
-The paper swaps its letters for the branches; here they are paired by meaning: local with local (PROTOCOLS 5 row 1).
+The paper swaps its letters for the branches between its sections; here they are paired by meaning.
 """
 
 # Shape legend: B = batch on this rank, G = global batch, D = embedding

@@ -1,4 +1,4 @@
-"""GFE: the global feature, one projection of the whole map (paper section 3; PROTOCOLS 5 rows 6-8)."""
+"""GFE: the global feature, one projection of the whole map (paper section 3)."""
 
 # Shape legend: B = batch on this rank, C = channels of C(x), D = embedding
 

@@ -1,6 +1,7 @@
 """MHMS: multi-head multi-scale local features (paper section 3.3, eq. 11-14).
 
-What the text leaves open (reduction ratios, widths, kernels, the pooling in eq. 11) follows PROTOCOLS section 5, rows 2-7.
+What the text leaves open: reduction ratios are 16 and branches are C / 4 wide, as in LS-CNN, where LANet comes from;
+kernels of 5 are two of 3; each head keeps its spatial detail up to its projection.
 """
 
 # Shape legend: B = batch on this rank, C = channels, H, W = map sides, D = embedding, b = heads
@@ -31,7 +32,8 @@ class LANet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Weight [B, C, H, W] by its spatial attention [B, 1, H, W]."""
-        return x_BCHW * self.attention(x_BCHW)
+        attention_B1HW: Tensor = self.attention(x_BCHW)
+        return x_BCHW * attention_B1HW
 
 
 class SqueezeExcitation(nn.Module):

@@ -1,7 +1,7 @@
 """Training augmentations, drawn from (seed, epoch, sample index): not from workers, batches or order.
 
-`adaface` is the AdaFace repository's (PROTOCOLS 3(e)), which the paper uses: three independent draws of 0.2 (crop pasted
-back at its place on black, down and up in resolution, photometric), then a horizontal flip of 0.5.
+`adaface` is the AdaFace repository's, which the paper uses: three independent draws of 0.2 (crop pasted back at its
+place on black, down and up in resolution, photometric), then a horizontal flip of 0.5.
 """
 
 # Shape legend: N = samples of a block, H, W = 112, K = draws per sample
@@ -34,11 +34,10 @@ Augmentation = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
 
 
 def uniform_draws(seed: int, epoch_N: np.ndarray, index_N: np.ndarray) -> np.ndarray:
-    """Numbers [N, K] in [0, 1), a pure function of (seed, epoch, sample index, column): SplitMix64 as a counter hash."""
+    """Numbers [N, K] in [0, 1), a pure function of (seed, epoch, index, column): SplitMix64 as a counter hash."""
     with np.errstate(over="ignore"):
-        key = _mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
-        key = _mix(key ^ epoch_N.astype(np.uint64))
-        key_N = _mix(key ^ index_N.astype(np.uint64))
+        key_1 = _mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        key_N = _mix(_mix(key_1 ^ epoch_N.astype(np.uint64)) ^ index_N.astype(np.uint64))
         columns_K = np.arange(1, NUM_DRAWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits_NK = _mix(key_N[:, None] + columns_K[None])
     return (bits_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -104,7 +103,7 @@ def adaface(images_NHWC: np.ndarray, index_N: np.ndarray, seed: int, epoch_N: np
     draws_NK = uniform_draws(seed, epoch_N, index_N)
     images = images_NHWC.copy()
     boxes = crop_boxes(draws_NK, images.shape[1])
-    for i in (draws_NK[:, [CROP, LOW_RES, PHOTOMETRIC]] < PROBABILITY).any(axis=1).nonzero()[0]:
+    for i in np.flatnonzero((draws_NK[:, [CROP, LOW_RES, PHOTOMETRIC]] < PROBABILITY).any(axis=1)):
         draws = draws_NK[i]
         if draws[CROP] < PROBABILITY:
             images[i] = paste_crop(images[i], boxes[i])

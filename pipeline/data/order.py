@@ -147,7 +147,8 @@ def _owned(piece: ReadPiece) -> np.ndarray:
 def piece_rows(piece: ReadPiece, shard_size: int, seed: int) -> np.ndarray:
     """Rows of the shard that a piece takes, in the order of training: int64 [n]."""
     shuffled = np.random.default_rng((seed, piece.epoch, piece.shard)).permutation(shard_size)
-    return shuffled[piece.start : piece.stop][_owned(piece)]
+    rows: np.ndarray = shuffled[piece.start : piece.stop][_owned(piece)]
+    return rows
 
 
 def run_plan(

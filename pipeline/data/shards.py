@@ -114,7 +114,7 @@ def _members(data: bytes, uri: str) -> list[tuple[str, bytes]]:
 
 def _pax_path(body: bytes) -> str:
     while body:
-        length, _, rest = body.partition(b" ")
+        length = body.partition(b" ")[0]
         key, _, value = body[len(length) + 1 : int(length)].partition(b"=")
         if key == b"path":
             return value.rstrip(b"\n").decode()

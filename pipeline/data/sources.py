@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from pipeline.data.synthetic import SyntheticFaces
 
 SYNTHETIC: Final = "synthetic"
 RECORDIO_FILE: Final = "train.rec"
-FORMATS: Final = (SYNTHETIC, "recordio")
+FORMATS: Final = (SYNTHETIC, "recordio")  # those of SOURCES below
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class SourceSpec:
     format: str
     uri: str = ""
     seed: int = 0
-    synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -132,7 +132,10 @@ class RecordIOSource:
         return {"format": "recordio", "num_bytes": self._bytes, "num_records": len(self._reader)}
 
 
-SOURCES: Final = {SYNTHETIC: SyntheticSource, "recordio": RecordIOSource}
+SOURCES: Final[dict[str, type[SyntheticSource] | type[RecordIOSource]]] = {
+    SYNTHETIC: SyntheticSource,
+    "recordio": RecordIOSource,
+}
 
 
 def open_source(spec: SourceSpec) -> Source:

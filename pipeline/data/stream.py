@@ -8,6 +8,7 @@ actors decode and augment, and the rank deals the rows of its streams into batch
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -259,7 +260,7 @@ class BatchAssembler:
         streams = block["stream"]
         # A block may hold the end of one piece and the start of the next, hence runs of equal streams.
         edges = [0, *(np.flatnonzero(np.diff(streams)) + 1).tolist(), len(streams)]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             if stop > start:
                 rows = TrainBatch(*(block[name][start:stop] for name in ("image", "label", "index")))
                 self._waiting[int(streams[start])].append(rows)

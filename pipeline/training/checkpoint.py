@@ -1,7 +1,7 @@
 """Checkpoints of a run: written by any number of workers, read by any other.
 
-A checkpoint is a folder of `torch.distributed.checkpoint` files. It counts from the moment its marker is there, which is
-written last: a folder without one is what a kill left behind.
+A checkpoint is a folder of `torch.distributed.checkpoint` files. It counts from the moment its marker is there, which
+is written last: a folder without one is what a kill left behind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lgaf.distributed import rank_in
 from lgaf.state import training_state
@@ -57,8 +59,8 @@ def save_checkpoint(run_uri: str, train_step: TrainStep, details: dict[str, Any]
     with tempfile.TemporaryDirectory() as staging:
         folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
         folder.mkdir(parents=True, exist_ok=True)
-        writer = dcp.FileSystemWriter(folder)
-        dcp.save(training_state(train_step), storage_writer=writer, process_group=group, no_dist=group is None)
+        writer = FileSystemWriter(folder)
+        save(training_state(train_step), storage_writer=writer, process_group=group, no_dist=group is None)
         if not storage.is_local(uri):
             # Each rank's own files; rank 0 has the metadata too.
             for path in folder.iterdir():
@@ -82,9 +84,9 @@ def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
             for info in storage.list_files(uri):
                 (folder / info.uri.rsplit("/", 1)[1]).write_bytes(storage.read_bytes(info.uri))
         try:
-            dcp.load(
+            load(
                 training_state(train_step),
-                storage_reader=dcp.FileSystemReader(folder),
+                storage_reader=FileSystemReader(folder),
                 process_group=train_step.group,
                 no_dist=train_step.group is None,
             )

@@ -21,7 +21,7 @@ class StepMetrics:
         loss: Mean over the global batch.
         lr: Learning rate.
         images_per_second: Global batch over the time of this step.
-        samples_digest: SHA-256 (hex) of the global sample indices of the global batch, in order, as little-endian int64.
+        samples_digest: SHA-256 (hex) of the global batch's global sample indices, in order, as little-endian int64.
     """
 
     step: int

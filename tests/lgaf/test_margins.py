@@ -59,9 +59,9 @@ def test_no_margin_is_plain_scaled_softmax(name):
 
 
 def test_unknown_names_and_values_are_named():
-    with pytest.raises(ValueError, match="margin='arcfase'.*did you mean 'arcface'"):
+    with pytest.raises(ValueError, match=r"margin='arcfase'.*did you mean 'arcface'"):
         create_margin("arcfase")
-    with pytest.raises(ValueError, match="head.scale=0"):
+    with pytest.raises(ValueError, match=r"head.scale=0"):
         create_margin("cosface", scale=0.0)
-    with pytest.raises(ValueError, match="head.margin=4"):
+    with pytest.raises(ValueError, match=r"head.margin=4"):
         create_margin("arcface", margin=4.0)

@@ -190,7 +190,7 @@ def test_bad_fields_are_named(field, value, text):
 def test_config_json_round_trip():
     values = json.loads(json.dumps(dataclasses.asdict(MICRO)))
     assert from_dict(LGAFConfig, values) == MICRO
-    with pytest.raises(ValueError, match="the key='num_head'.*did you mean 'num_heads'"):
+    with pytest.raises(ValueError, match=r"the key='num_head'.*did you mean 'num_heads'"):
         from_dict(LGAFConfig, {"num_head": 4})
     with pytest.raises(ValueError, match="num_heads='4' must be of type int"):
         from_dict(LGAFConfig, {"num_heads": "4"})
@@ -198,7 +198,7 @@ def test_config_json_round_trip():
 
 def test_lgaf_needs_torch_and_numpy_alone():
     code = (
-        "import sys, lgaf; [getattr(lgaf, name) for name in lgaf.__all__]; import lgaf.step, lgaf.state, lgaf.reference;"
+        "import sys, lgaf, lgaf.step, lgaf.state, lgaf.reference; [getattr(lgaf, name) for name in lgaf.__all__];"
         "bad = {'ray', 'mlflow', 'pyarrow', 'cv2', 'PIL', 'tyro', 'rich', 'webdataset', 'boto3', 'fsspec', 'pydantic'};"
         "assert not bad & set(sys.modules), bad & set(sys.modules)"
     )

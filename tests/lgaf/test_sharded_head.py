@@ -138,5 +138,5 @@ def test_bad_labels_are_named(call, text):
 
 
 def test_only_the_exact_head_exists():
-    with pytest.raises(ValueError, match="sample_rate=0.1"):
+    with pytest.raises(ValueError, match=r"sample_rate=0.1"):
         ShardedMarginHead(10, DIM, create_margin("arcface"), sample_rate=0.1)

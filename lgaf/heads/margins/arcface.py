@@ -1,6 +1,7 @@
 """ArcFace: an additive angular margin (Deng et al. 2019, eq. 3).
 
-The variant is the AdaFace repository's: exact autograd, angles clipped (PROTOCOLS 1.4), which the paper's recipe uses.
+Three public variants differ beyond theta + m = pi and in their gradients. This is the AdaFace repository's, whose
+recipe the paper uses: exact autograd, angles clipped.
 """
 
 from __future__ import annotations

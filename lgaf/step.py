@@ -95,7 +95,7 @@ class TrainStep:
         embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
         loss: Tensor = self.head(embedding_BD, labels_B.to(self.device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.num_steps_done += 1
         return StepResult(loss.detach(), learning_rate)

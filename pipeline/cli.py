@@ -22,6 +22,7 @@ from pipeline.runtime import ray_session
 from pipeline.stages import RunPlace, training_stages
 from pipeline.tracking import runs
 from pipeline.tracking.store import default_tracking_uri
+from pipeline.training.metrics_log import NAME as METRICS
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
 # Fields that may differ when a run is resumed: none of them changes what is trained.
@@ -131,10 +132,10 @@ def _with_place(config: TrainConfig) -> TrainConfig:
 
 
 def _check_resumable(config: TrainConfig, run_uri: str) -> None:
-    """Refuse to go on with a run that was started with another recipe; note this one's."""
+    """Refuse to go on with a training that was started with another recipe; note this one's."""
     uri = storage.join(run_uri, "config.json")
     content = storage.plain_json(asdict(config))
-    if storage.exists(uri):
+    if storage.exists(uri) and storage.exists(storage.join(run_uri, METRICS)):
         before = storage.read_json(uri)
         changed = [key for key in sorted(content.keys() | before.keys()) if content.get(key) != before.get(key)]
         fixed = [key for key in changed if key not in RESUMABLE]

@@ -28,6 +28,8 @@ class PackConfig:
 
     samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
     """Samples of every shard but the last."""
+    seed: int = 0
+    """Of the shuffle at packing, and of synthetic faces; runs with other training seeds share data and benchmarks."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Size of the synthetic training set (used with --data synthetic)."""
     benchmark_pairs: int = 600
@@ -110,7 +112,7 @@ class TrainConfig:
     num_workers: int = 2
     """Training workers; the samples of each global batch do not depend on it."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random in training: weights, order, augmentation, dropout."""
     epochs: int = 26
     """Passes over the data."""
     batch_size: int = 512

@@ -74,7 +74,7 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     rows = {
-        "shards": f"{data.uri}  ({data.num_samples:,} faces, {data.num_classes:,} identities, {data.num_shards} shards)",
+        "shards": f"{data.uri}  ({data.num_samples:,} faces, {data.num_classes:,} people, {data.num_shards} shards)",
         "run": place.uri,
         "metrics": storage.join(place.uri, METRICS),
         "model": model.model_uri,
@@ -110,7 +110,7 @@ def packed_table(manifest: Manifest) -> Table:
     rows = {
         "folder": manifest.uri,
         "samples": f"{manifest.num_samples:,}",
-        "identities": f"{manifest.num_classes:,}",
+        "people": f"{manifest.num_classes:,}",
         "shards": f"{len(manifest.shards)} ({sum(shard.num_bytes for shard in manifest.shards):,} bytes)",
         "fingerprint": manifest.fingerprint,
     }

@@ -79,7 +79,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
         Stage(
             name="data",
             artefact=PackedData,
-            inputs={"data": config.data, "seed": config.seed, "pack": content["pack"]},
+            inputs={"data": config.data, "pack": content["pack"]},
             needs=(),
             run=functools.partial(_prepare_data, config, on_progress),
             is_valid=lambda data: storage.exists(storage.join(data.uri, manifest_file.NAME)),
@@ -87,7 +87,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
         Stage(
             name="benchmarks",
             artefact=Benchmarks,
-            inputs={"benchmarks": config.benchmarks, "seed": config.seed, "pairs": config.pack.benchmark_pairs},
+            inputs={"benchmarks": config.benchmarks, "seed": config.pack.seed, "pairs": config.pack.benchmark_pairs},
             needs=(),
             run=functools.partial(_prepare_benchmarks, config, on_progress),
             is_valid=lambda found: all(storage.exists(uri) for uri in found.sets),
@@ -124,7 +124,7 @@ def _prepare_data(config: TrainConfig, on_progress: OnProgress, needed: Mapping[
     spec = SourceSpec(
         format=kind,
         uri="" if kind == SYNTHETIC else storage.normalise(config.data),
-        seed=config.seed,
+        seed=config.pack.seed,
         synthetic=config.pack.synthetic,
     )
     return _describe(pack_shared(spec, config, on_progress))
@@ -134,7 +134,7 @@ def pack_shared(spec: SourceSpec, config: TrainConfig, on_progress: OnProgress) 
     """Pack a source into the storage's ``data`` folder, once: runs on equal data share the shards."""
     key = {
         "source": open_source(spec).describe(),
-        "seed": config.seed,
+        "seed": config.pack.seed,
         "samples_per_shard": config.pack.samples_per_shard,
     }
     output = storage.join(config.storage, "data", f"{spec.format}-{storage.fingerprint(key)[:12]}")
@@ -144,7 +144,7 @@ def pack_shared(spec: SourceSpec, config: TrainConfig, on_progress: OnProgress) 
         spec,
         output,
         samples_per_shard=config.pack.samples_per_shard,
-        seed=config.seed,
+        seed=config.pack.seed,
         on_progress=lambda done, total: on_progress("data", done, total, "shards packed"),
     )
 
@@ -171,9 +171,9 @@ def _prepare_benchmarks(config: TrainConfig, on_progress: OnProgress, needed: Ma
     uri = config.benchmarks
     if uri == SYNTHETIC:
         pairs = config.pack.benchmark_pairs
-        uri = storage.join(config.storage, "benchmarks", f"synthetic-{config.seed}-{pairs}")
+        uri = storage.join(config.storage, "benchmarks", f"synthetic-{config.pack.seed}-{pairs}")
         tasks = [
-            _SyntheticSet(name=name, num_pairs=pairs, seed=config.seed, uri=storage.join(uri, f"{name}.bin"))
+            _SyntheticSet(name=name, num_pairs=pairs, seed=config.pack.seed, uri=storage.join(uri, f"{name}.bin"))
             for name in SYNTHETIC_BENCHMARKS
         ]
         missing = [task for task in tasks if not storage.exists(task.uri)]

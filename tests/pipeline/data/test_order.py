@@ -1,0 +1,298 @@
+"""The order of samples against an oracle of a few lines: one shuffled sequence, cut into streams, dealt to ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import order as orders
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import ReadPiece, epoch_order, piece_rows, plan, run_plan, stream_slots
+from tests.pipeline.data.writers import plain_manifest
+
+WORLD_SIZES = range(1, 17)
+
+
+@dataclass(frozen=True)
+class Case:
+    sizes: tuple[int, ...]
+    streams: int
+    batch: int
+    seed: int
+
+    @property
+    def manifest(self) -> Manifest:
+        return plain_manifest(self.sizes)
+
+    @property
+    def steps(self) -> int:
+        return sum(self.sizes) // self.batch
+
+
+@st.composite
+def cases(draw, min_period: int = 1) -> Case:
+    streams = draw(st.integers(1, 8))
+    period = draw(st.integers(max(min_period, math.ceil(16 / streams)), max(min_period, math.ceil(16 / streams)) + 6))
+    batch = streams * period
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) >= batch))
+    return Case(sizes=tuple(sizes), streams=streams, batch=batch, seed=draw(st.integers(0, 2**40)))
+
+
+def expected_batches(case: Case, epoch: int) -> np.ndarray:
+    """The global batches [steps, batch] of an epoch, from the description alone."""
+    manifest = case.manifest
+    sequence = np.concatenate(
+        [
+            manifest.offsets[shard] + np.random.default_rng((case.seed, epoch, shard)).permutation(case.sizes[shard])
+            for shard in epoch_order(manifest, case.seed, epoch, case.streams).shard_order
+        ]
+    )
+    period = case.batch // case.streams
+    runs = sequence[: case.steps * case.batch].reshape(case.streams, case.steps, period)
+    return runs.transpose(1, 0, 2).reshape(case.steps, case.batch)
+
+
+def rows_of(case: Case, pieces: list[ReadPiece]) -> dict[int, list[int]]:
+    """What the pieces read, as global sample indices, by stream."""
+    manifest, rows = case.manifest, {}
+    for piece in pieces:
+        read = piece_rows(piece, case.sizes[piece.shard], case.seed) + manifest.offsets[piece.shard]
+        rows.setdefault(piece.stream, []).extend(read.tolist())
+    return rows
+
+
+def deal(case: Case, pieces: list[ReadPiece], world_size: int, rank: int, steps: int) -> np.ndarray:
+    """One rank's batches [steps, its slots]: from every stream what its slots hold, step by step."""
+    rows = rows_of(case, pieces)
+    batches, slots = [], stream_slots(case.batch, case.streams, world_size, rank)
+    for _ in range(steps):
+        batch = []
+        for stream, low, high in slots:
+            head, rows[stream] = rows[stream][: high - low], rows[stream][high - low :]
+            assert len(head) == high - low
+            batch += head
+        batches.append(batch)
+    return np.array(batches, np.int64).reshape(steps, sum(high - low for _, low, high in slots))
+
+
+def whole_run(case: Case, world_size: int, steps: range) -> np.ndarray:
+    """Global batches of a run as all its ranks together read them."""
+    parts = []
+    for rank in range(world_size):
+        pieces = list(
+            run_plan(
+                case.manifest,
+                seed=case.seed,
+                num_streams=case.streams,
+                world_size=world_size,
+                rank=rank,
+                batch=case.batch,
+                steps=steps,
+            )
+        )
+        parts.append(deal(case, pieces, world_size, rank, len(steps)))
+    return np.concatenate(parts, axis=1)
+
+
+@settings(max_examples=40)
+@given(case=cases(), epoch=st.integers(0, 50))
+def test_the_global_batches_are_those_of_the_description_for_every_world_size(case, epoch):
+    expected = expected_batches(case, epoch)
+    order = epoch_order(case.manifest, case.seed, epoch, case.streams)
+    assert order.num_steps(case.batch) == case.steps
+    for world_size in WORLD_SIZES:
+        parts = [
+            deal(case, plan(order, world_size, rank, case.batch), world_size, rank, case.steps)
+            for rank in range(world_size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+        widths = [part.shape[1] for part in parts]
+        assert max(widths) - min(widths) <= 1
+
+
+@given(case=cases(), epoch=st.integers(0, 3), world_size=st.sampled_from(WORLD_SIZES))
+def test_every_sample_comes_at_most_once_an_epoch_and_less_than_a_batch_is_left_out(case, epoch, world_size):
+    order = epoch_order(case.manifest, case.seed, epoch, case.streams)
+    read: list[int] = []
+    for rank in range(world_size):
+        for rows in rows_of(case, plan(order, world_size, rank, case.batch)).values():
+            read += rows
+    assert len(read) == len(set(read)) == case.steps * case.batch
+    assert 0 <= min(read) <= max(read) < sum(case.sizes)
+    assert sum(case.sizes) - len(read) < case.batch
+
+
+@settings(max_examples=60)
+@given(case=cases(), data=st.data(), world_size=st.sampled_from(WORLD_SIZES))
+def test_resuming_reads_exactly_the_tail_and_no_other_shard(case, data, world_size):
+    step = data.draw(st.integers(0, case.steps))
+    order = epoch_order(case.manifest, case.seed, 2, case.streams)
+    tail = expected_batches(case, 2)[step:]
+    column = 0
+    for rank in range(world_size):
+        pieces = plan(order, world_size, rank, case.batch, step)
+        part = deal(case, pieces, world_size, rank, case.steps - step)
+        own = tail[:, column : column + part.shape[1]]
+        np.testing.assert_array_equal(part, own)
+        column += part.shape[1]
+        read = [row for rows in rows_of(case, pieces).values() for row in rows]
+        assert sorted(read) == sorted(own.ravel().tolist())  # not one row more than it trains on
+        needed = set((np.searchsorted(case.manifest.offsets, own.ravel(), side="right") - 1).tolist())
+        assert {piece.shard for piece in pieces} == needed
+
+
+@given(case=cases(), world_size=st.sampled_from(WORLD_SIZES))
+def test_pieces_come_in_the_order_in_which_they_are_needed(case, world_size):
+    order = epoch_order(case.manifest, case.seed, 0, case.streams)
+    for rank in range(world_size):
+        pieces = plan(order, world_size, rank, case.batch)
+        assert [piece.first_step for piece in pieces] == sorted(piece.first_step for piece in pieces)
+        # A rank holds no more than what its streams need: a shard is opened once by each stream that it feeds.
+        opened = Counter((piece.stream, piece.shard) for piece in pieces)
+        assert set(opened.values()) <= {1}
+
+
+@settings(max_examples=60)
+@given(case=cases(), data=st.data(), world_size=st.integers(1, 5))
+def test_a_run_is_its_epochs_one_after_another_from_any_step_to_any_step(case, data, world_size):
+    total = data.draw(st.integers(1, 3 * case.steps))
+    start = data.draw(st.integers(0, total - 1))
+    epochs = np.concatenate([expected_batches(case, epoch) for epoch in range(-(-total // case.steps))])
+    np.testing.assert_array_equal(whole_run(case, world_size, range(start, total)), epochs[start:total])
+
+
+@settings(max_examples=60)
+@given(case=cases(), data=st.data(), world_size=st.integers(1, 5))
+def test_a_run_that_ends_within_an_epoch_reads_nothing_behind_its_end(case, data, world_size):
+    total = data.draw(st.integers(1, 2 * case.steps))
+    for rank in range(world_size):
+        pieces = list(
+            run_plan(
+                case.manifest,
+                seed=case.seed,
+                num_streams=case.streams,
+                world_size=world_size,
+                rank=rank,
+                batch=case.batch,
+                steps=range(total),
+            )
+        )
+        low, high = orders.rank_slots(case.batch, world_size, rank)
+        per_epoch = Counter(
+            {epoch: min(case.steps, total - epoch * case.steps) for epoch in range(-(-total // case.steps))}
+        )
+        read = Counter()
+        for piece in pieces:
+            read[piece.epoch] += len(piece_rows(piece, case.sizes[piece.shard], case.seed))
+        assert read == Counter({epoch: steps * (high - low) for epoch, steps in per_epoch.items()})
+
+
+def test_epochs_and_seeds_differ():
+    def batches(seed: int, epoch: int) -> np.ndarray:
+        case = Case(sizes=(50,) * 20, streams=4, batch=40, seed=seed)
+        return whole_run(case, 1, range(epoch * 25, (epoch + 1) * 25))
+
+    first = batches(0, 0)
+    np.testing.assert_array_equal(first, batches(0, 0))
+    for other in (batches(0, 1), batches(0, 7), batches(1, 0), batches(2**33, 0)):
+        assert sorted(other.ravel()) == sorted(first.ravel())  # the same samples
+        assert (other != first).mean() > 0.95  # elsewhere
+        shared = [len(set(a) & set(b)) for a, b in zip(first, other, strict=True)]
+        assert np.mean(shared) < 4  # 40 * 40 / 1000 = 1.6 by chance
+
+
+@pytest.mark.parametrize(
+    ("batch", "streams", "world_size", "message"),
+    [
+        (10, 4, 1, r"batch_size=10 must be a multiple of stream\.num_streams=4"),
+        (2, 4, 1, r"batch_size=2 must be a multiple of stream\.num_streams=4"),
+        (4, 4, 5, r"batch_size=4 is less than the 5 workers"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_is_refused(batch, streams, world_size, message):
+    manifest = plain_manifest((100, 100))
+    with pytest.raises(ValueError, match=message):
+        orders.check_batch(batch, streams, world_size)
+    with pytest.raises(ValueError, match=message):
+        plan(epoch_order(manifest, 0, 0, streams), world_size, 0, batch)
+
+
+def test_data_smaller_than_a_batch_is_refused():
+    manifest = plain_manifest((3, 4), uri="memory://tiny")
+    assert orders.steps_per_epoch(manifest, 7) == 1
+    with pytest.raises(ValueError, match=r"batch_size=8 is more than the 7 samples of memory://tiny"):
+        orders.steps_per_epoch(manifest, 8)
+    with pytest.raises(ValueError, match=r"batch_size=8 is more than"):
+        list(run_plan(manifest, seed=0, num_streams=1, world_size=1, rank=0, batch=8, steps=range(3)))
+
+
+@pytest.mark.parametrize("streams", [0, -1])
+def test_streams_must_be_positive(streams):
+    with pytest.raises(ValueError, match=r"num_streams=-?\d must be at least 1"):
+        epoch_order(plain_manifest((5,)), 0, 0, streams)
+
+
+class TestShuffleQuality:
+    """64 shards of 128 samples, batches of 64 from 16 streams: how far from a full permutation the batches are."""
+
+    case = Case(sizes=(128,) * 64, streams=16, batch=64, seed=5)
+
+    def shards(self, epoch: int) -> np.ndarray:
+        return expected_batches(self.case, epoch) // 128
+
+    def test_a_batch_mixes_at_least_as_many_shards_as_there_are_streams(self):
+        # A stream's run (512) is longer than a shard and its part of a batch (128 + 4), so no two streams meet in one.
+        for epoch in range(5):
+            for batch in self.shards(epoch):
+                counts = Counter(batch.tolist())
+                assert len(counts) >= self.case.streams
+                assert max(counts.values()) <= self.case.batch // self.case.streams
+
+    def test_labels_in_a_batch_are_spread_as_by_a_full_permutation(self):
+        # Packing shuffled all samples once, so a shard is a random sample and the classes cannot tell the difference.
+        rng = np.random.default_rng(0)
+        labels = rng.permutation(np.arange(8192) % 200)
+        planned = np.array(
+            [len(set(labels[batch])) for epoch in range(4) for batch in expected_batches(self.case, epoch)]
+        )
+        full = np.array(
+            [len(set(labels[batch])) for _ in range(4) for batch in rng.permutation(8192).reshape(-1, 64)]
+        )
+        error = math.sqrt(planned.var() / len(planned) + full.var() / len(full))
+        assert abs(planned.mean() - full.mean()) < 4 * error
+
+    def test_how_often_two_samples_meet_in_a_batch_has_a_bound(self):
+        # By a full permutation any two meet with probability 63 / 8191. Two of one shard meet more often, by at most
+        # shards / streams = 4 (a stream takes 4 of 128 rows at a time); two of different shards as often as by chance.
+        chance, same, other, epochs = 63 / 8191, 0, 0, 40
+        for epoch in range(epochs):
+            for batch in self.shards(epoch):
+                counts = np.array(list(Counter(batch.tolist()).values()))
+                pairs = int((counts * (counts - 1)).sum()) // 2
+                same += pairs
+                other += 64 * 63 // 2 - pairs
+        same_rate = same / epochs / (64 * 128 * 127 / 2)
+        other_rate = other / epochs / (64 * 63 / 2 * 128 * 128)
+        assert chance < same_rate <= 4 * chance
+        assert other_rate == pytest.approx(chance, rel=0.05)
+
+    def test_the_neighbours_of_a_sample_change_from_epoch_to_epoch(self):
+        pairs = []
+        for epoch in range(6):
+            position = np.empty(8192, np.int64)
+            position[expected_batches(self.case, epoch).ravel()] = np.arange(8192) // 64
+            pairs.append(position)
+        first = pairs[0]
+        for later in pairs[1:]:
+            again = 0
+            for batch in range(128):
+                counts = np.unique(later[first == batch], return_counts=True)[1]
+                again += int((counts * (counts - 1)).sum()) // 2
+            # Of 258,048 pairs that meet, a full permutation repeats 1,985; a shard's pairs four times as often.
+            assert again / (128 * 64 * 63 / 2) < 2 * 63 / 8191

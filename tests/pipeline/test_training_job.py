@@ -1,0 +1,239 @@
+"""The whole job on a real Ray, a real MLflow store and real kills, at the smallest size that has every part."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from lgaf.models import LGAFConfig
+from pipeline import cli, storage
+from pipeline.config import PackConfig, TrackingConfig, TrainConfig, WorkersConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import epoch_order, piece_rows, plan, steps_per_epoch
+from pipeline.data.sources import SyntheticConfig
+from pipeline.data.stream import StreamConfig
+from pipeline.model_store import load_model
+from pipeline.presets import demo
+from pipeline.tracking.registry import champion
+from pipeline.training.checkpoint import committed_steps
+from pipeline.training.metrics_log import read_metrics
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.ray
+
+SMALL = dataclasses.replace(
+    demo(),
+    epochs=3,
+    batch_size=32,
+    model=LGAFConfig(backbone="micro", embedding_dim=16, dropout=0.1),
+    pack=PackConfig(
+        samples_per_shard=20,
+        synthetic=SyntheticConfig(num_identities=8, images_per_identity=17),
+        benchmark_pairs=40,
+    ),
+    stream=StreamConfig(num_streams=4, block_rows=16),
+    workers=WorkersConfig(checkpoint_every_steps=5, log_every_steps=2),
+    tracking=TrackingConfig(experiment="tests", model_name="small"),
+)
+NUM_STEPS = 3 * (8 * 17 // 32)
+
+
+def _run(config: TrainConfig) -> dict:
+    return cli.run_training(cli._with_place(config))
+
+
+def _planned_digests(data_uri: str, config: TrainConfig) -> list[str]:
+    """The digests that a run must have, from the pure order alone, dealt by hand."""
+    manifest = Manifest.load(data_uri)
+    digests = []
+    for epoch in range(config.epochs):
+        order = epoch_order(manifest, config.seed, epoch, config.stream.num_streams)
+        streams = {stream: [] for stream in range(config.stream.num_streams)}
+        for piece in plan(order, 1, 0, config.batch_size):
+            rows = piece_rows(piece, manifest.shards[piece.shard].num_samples, config.seed)
+            streams[piece.stream] += (rows + manifest.offsets[piece.shard]).tolist()
+        share = config.batch_size // config.stream.num_streams
+        for step in range(steps_per_epoch(manifest, config.batch_size)):
+            batch = [index for rows in streams.values() for index in rows[step * share : (step + 1) * share]]
+            digests.append(hashlib.sha256(np.array(batch, "<i8").tobytes()).hexdigest())
+    return digests
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, ray_cluster) -> Path:
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="module")
+def first(place) -> dict:
+    """One finished run with two workers."""
+    return _run(dataclasses.replace(SMALL, storage=str(place), run_name="two-workers"))
+
+
+def test_every_step_has_its_line_and_the_planned_samples(first, place):
+    lines = read_metrics(str(place / "two-workers"))
+    assert [line["step"] for line in lines] == list(range(NUM_STEPS))
+    assert [line["epoch"] for line in lines] == [step // (NUM_STEPS // 3) for step in range(NUM_STEPS)]
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "images_per_second", "samples_digest"}
+    assert [line["samples_digest"] for line in lines] == _planned_digests(first["data"].uri, SMALL)
+    # The paper's milestones, 12/20/24 of 26, on 12 steps.
+    assert [round(line["lr"], 6) for line in lines] == [0.1] * 6 + [0.01] * 4 + [0.001] * 2
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_one_worker_trains_on_the_same_global_batches(first, place):
+    _run(dataclasses.replace(SMALL, storage=str(place), run_name="one-worker", num_workers=1))
+    ours, theirs = read_metrics(str(place / "one-worker")), read_metrics(str(place / "two-workers"))
+    assert [line["samples_digest"] for line in ours] == [line["samples_digest"] for line in theirs]
+    # Batch norm sees half the batch per worker with two, so only the start is comparable.
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.05)
+
+
+def test_the_same_command_again_does_nothing_twice(first, place):
+    started = time.monotonic()
+    again = _run(dataclasses.replace(SMALL, storage=str(place), run_name="two-workers"))
+    assert again == first
+    assert time.monotonic() - started < 15
+    assert len(MlflowClient(_store(place)).search_model_versions("name='small'")) <= 2
+
+
+def _store(place: Path) -> str:
+    return f"sqlite:///{place / 'mlflow.db'}"
+
+
+def test_mlflow_has_all_of_it(first, place):
+    known = json.loads((place / "two-workers" / "mlflow.json").read_text())
+    client = MlflowClient(_store(place))
+    run = client.get_run(known["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.backbone"] == "micro"
+    assert run.data.tags["training_data_fingerprint"] == first["data"].fingerprint
+    losses = {metric.step: metric.value for metric in client.get_metric_history(known["run_id"], "loss")}
+    assert losses == {line["step"]: line["loss"] for line in read_metrics(str(place / "two-workers"))}
+    for name in ("synth-pose", "synth-deform", "synth-lowres"):
+        assert 0.0 <= run.data.metrics[f"eval/{name}/accuracy"] <= 1.0
+    artifacts = {info.path for info in client.list_artifacts(known["run_id"])}
+    assert {"config.json", "report.json", "loss.png", "roc.png"} <= artifacts
+
+
+def test_the_first_version_is_champion_and_serves_the_trained_model(first, place):
+    best = champion(_store(place), "small")
+    assert best is not None
+    assert best.version == first["register"].version == first["register"].champion_version == 1
+    assert best.tags["data_fingerprint"] == first["data"].fingerprint
+    model = load_model(first["train"].model_uri)
+    assert model.config == SMALL.model
+    report = json.loads((place / "two-workers" / "report.json").read_text())
+    assert report["model_fingerprint"] == best.tags["model_fingerprint"] == first["train"].fingerprint
+
+
+def test_a_model_that_is_not_better_is_not_promoted(first, place):
+    other = _run(dataclasses.replace(SMALL, storage=str(place), run_name="barely", epochs=1, seed=1))
+    decision = other["register"].decision
+    assert not decision.promote
+    assert decision.p_value >= 0.05
+    assert [difference.num_pairs for difference in decision.differences] == [40, 40, 40]
+    assert champion(_store(place), "small").version == 1
+
+
+def test_another_recipe_under_the_same_name_is_refused(first, place):
+    with pytest.raises(ValueError, match=r"run_name='two-workers' was started with another.*epochs was 3, is 4"):
+        _run(dataclasses.replace(SMALL, storage=str(place), run_name="two-workers", epochs=4))
+
+
+def _damaged(first: dict, place: Path, name: str, damage) -> str:
+    """A copy of the packed data with one damaged shard; gives its folder."""
+    source, target = storage.local_path(first["data"].uri), place / name
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    shard = target / Manifest.load(str(target)).shards[1].name
+    shard.write_bytes(damage(shard.read_bytes()))
+    return str(target)
+
+
+def _flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "text"),
+    [("truncated", lambda data: data[: len(data) // 2], "truncated"), ("flipped", _flip, "corrupt: sha256")],
+)
+def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, name, damage, text):
+    data = _damaged(first, place, name, damage)
+    config = dataclasses.replace(SMALL, storage=str(place), run_name=f"on-{name}", data=data)
+    code = cli.run_job(lambda: _run(config))
+    errors = capfd.readouterr().err
+    assert code == 1
+    assert f"{name}/shard-000001.tar: {text}" in errors.replace("\n", "")
+    assert "Traceback" not in errors
+    assert committed_steps(str(place / f"on-{name}")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"data": "nowhere/at-all"}, "nowhere/at-all: does not exist"),
+        ({"data": "{place}/shards-only"}, "manifest.json"),
+        ({"benchmarks": "{place}/nothing"}, "nothing"),
+    ],
+)
+def test_a_place_that_holds_no_data_is_named(first, place, capfd, change, text):
+    (place / "shards-only").mkdir(exist_ok=True)
+    (place / "shards-only" / "shard-000000.tar").write_bytes(b"")
+    config = dataclasses.replace(
+        SMALL,
+        storage=str(place),
+        run_name="nowhere",
+        **{key: value.format(place=place) for key, value in change.items()},
+    )
+    assert cli.run_job(lambda: _run(config)) == 1
+    errors = capfd.readouterr().err
+    assert text in errors.replace("\n", "")
+    assert "Traceback" not in errors
+
+
+def test_a_killed_driver_resumes_and_no_step_is_lost_or_doubled(tmp_path):
+    """Kill -9 of the driver in mid-run, then the same command: its Ray is its own, so nothing of it survives."""
+    command = [sys.executable, str(ROOT / "jobs" / "train_demo.py"), "--storage", str(tmp_path), "--run-name", "killed"]
+    command += ["--epochs", "20", "--batch-size", "32", "--model.backbone", "micro", "--model.embedding-dim", "16"]
+    command += ["--pack.samples-per-shard", "20", "--pack.synthetic.num-identities", "8"]
+    command += ["--pack.synthetic.images-per-identity", "17", "--pack.benchmark-pairs", "40"]
+    command += ["--stream.block-rows", "16", "--workers.checkpoint-every-steps", "5", "--workers.log-every-steps", "1"]
+    run_uri = str(tmp_path / "killed")
+    log = (tmp_path / "log").open("w")
+    driver = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline = time.monotonic() + 240
+    while len(read_metrics(run_uri)) < 12 or not committed_steps(run_uri):
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, "the run did not start in time"
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = read_metrics(run_uri)
+    assert len(before) < 80, "the run had ended before the kill"
+
+    subprocess.run(command, check=True, timeout=240, stdout=log, stderr=log)
+    lines = read_metrics(run_uri)
+    assert [line["step"] for line in lines] == list(range(80))
+    data = next((tmp_path / "data").iterdir())
+    config = dataclasses.replace(SMALL, epochs=20)
+    assert [line["samples_digest"] for line in lines] == _planned_digests(str(data), config)
+    # The steps that both attempts did are the same to the last bit: the state came back whole.
+    resumed_at = max(step for step in range(0, 81, 5) if step <= len(before))
+    kept = [line["loss"] for line in before[:resumed_at]]
+    assert [line["loss"] for line in lines[: len(kept)]] == kept
+    assert champion(_store(tmp_path), "lgaf-demo").version == 1

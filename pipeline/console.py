@@ -21,7 +21,7 @@ PLAIN_LINE_EVERY_S = 15.0
 
 
 class JobDisplay:
-    """Progress bars of the stages on a terminal; elsewhere (a job's log) a plain line now and then."""
+    """Progress bars of the stages on a terminal; elsewhere (in a job's log) a plain line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -35,7 +35,7 @@ class JobDisplay:
             console=console,
         )
         self._tasks: dict[str, Any] = {}
-        self._last_line: dict[str, float] = {}
+        self._last_line: dict[str, tuple[int, float]] = {}
 
     def __enter__(self) -> JobDisplay:
         if self._console.is_terminal:
@@ -61,8 +61,9 @@ class JobDisplay:
             self._progress.update(self._tasks[name], completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if done == total or now - self._last_line.get(name, 0.0) >= PLAIN_LINE_EVERY_S:
-            self._last_line[name] = now
+        last_done, last_time = self._last_line.get(name, (-1, 0.0))
+        if done != last_done and (done == total or now - last_time >= PLAIN_LINE_EVERY_S):
+            self._last_line[name] = (done, now)
             self._console.print(f"{name}: {done}/{total} {note}")
 
 

@@ -52,12 +52,14 @@ def normalise(uri: str | os.PathLike[str]) -> str:
         raise StorageError(f"{text}: unknown scheme {parsed.scheme!r}; use one of {', '.join(SCHEMES)} or a plain path")
     if parsed.scheme == "s3" and not parsed.netloc:
         raise StorageError(f"{text}: an s3 URI names a bucket: s3://bucket/prefix")
-    return text.rstrip("/")
+    scheme, path = text.split("://", 1)
+    return f"{scheme.lower()}://" + (path.rstrip("/") or ("/" if parsed.scheme == "file" else ""))
 
 
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI."""
-    return "/".join([normalise(uri), *(part.strip("/") for part in parts)])
+    base = normalise(uri)
+    return base + ("" if base.endswith("/") else "/") + "/".join(part.strip("/") for part in parts)
 
 
 def is_local(uri: str) -> bool:

@@ -112,8 +112,12 @@ class Manifest:
                 identities=tuple(content["identities"]),
             )
             expected = content["fingerprint"]
-        except (KeyError, TypeError) as error:
+            found = manifest.fingerprint
+            samples = content["num_samples"]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ManifestError):  # it is a ValueError too
+                raise
             raise ManifestError(f"{place}: not a manifest: field {error} is missing or of the wrong kind") from error
-        if manifest.fingerprint != expected:
+        if found != expected or samples != manifest.num_samples:
             raise ManifestError(f"{place}: altered: its fingerprint is {manifest.fingerprint}, it says {expected}")
         return manifest

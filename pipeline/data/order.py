@@ -108,15 +108,18 @@ def check_batch(batch: int, num_streams: int, world_size: int) -> None:
         raise ValueError(f"batch_size={batch} is less than the {world_size} workers; each needs a sample")
 
 
-def plan(order: EpochOrder, world_size: int, rank: int, batch: int, step: int = 0) -> list[ReadPiece]:
-    """What a rank reads for the steps of an epoch from ``step`` on, in the order in which it is needed."""
+def plan(
+    order: EpochOrder, world_size: int, rank: int, batch: int, step: int = 0, end: int | None = None
+) -> list[ReadPiece]:
+    """What a rank reads for the steps of an epoch from ``step`` on (to before ``end``), in the order of its need."""
     num_steps = order.num_steps(batch)
+    last = num_steps if end is None else min(end, num_steps)
     period = batch // order.num_streams
     ends = np.cumsum([order.shard_sizes[shard] for shard in order.shard_order])
     pieces = []
     for stream, low, high in stream_slots(batch, order.num_streams, world_size, rank):
         base = stream * num_steps * period
-        position, stop = base + step * period, base + num_steps * period
+        position, stop = base + step * period, base + last * period
         while position < stop:
             place = int(np.searchsorted(ends, position, side="right"))
             shard = order.shard_order[place]
@@ -171,9 +174,7 @@ def run_plan(
         epoch = step // per_epoch
         order = epoch_order(manifest, seed, epoch, num_streams)
         last = steps.stop - epoch * per_epoch
-        for piece in plan(order, world_size, rank, batch, step % per_epoch):
-            if piece.first_step < last:
-                yield piece
+        yield from plan(order, world_size, rank, batch, step % per_epoch, last)
         step = (epoch + 1) * per_epoch
 
 

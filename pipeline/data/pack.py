@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +20,7 @@ import webdataset
 from lgaf.config import require_positive
 from pipeline import storage
 from pipeline.data.images import decode_rgb
+from pipeline.data.manifest import NAME as MANIFEST_NAME
 from pipeline.data.manifest import Manifest, ShardInfo
 from pipeline.data.sources import Source, SourceSpec, open_source
 from pipeline.runtime import map_tasks
@@ -26,7 +28,10 @@ from pipeline.runtime import map_tasks
 DEFAULT_SAMPLES_PER_SHARD: Final = 2048
 IMAGE_SIDE: Final = 112
 
-_open_source_once = functools.lru_cache(maxsize=2)(open_source)
+
+@functools.lru_cache(maxsize=2)
+def _open_source_once(spec: SourceSpec, contents: str) -> Source:
+    return open_source(spec)
 
 
 class PackError(ValueError):
@@ -36,6 +41,7 @@ class PackError(ValueError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ShardTask:
     spec: SourceSpec
+    contents: str = ""
     uri: str
     first: int
     indices: np.ndarray
@@ -53,7 +59,7 @@ def pack(
 
     Args:
         spec: The source.
-        output: Folder URI; a manifest that is there already is replaced once all shards are written.
+        output: Folder URI; a manifest that is there is deleted first, so that no failure leaves it beside other shards.
         samples_per_shard: Of every shard but the last.
         seed: Of the shuffle.
         on_progress: Told (shards written, shards in all).
@@ -63,12 +69,14 @@ def pack(
         PackError: An image that cannot be decoded or has the wrong size; the message names the record.
     """
     require_positive("samples_per_shard", samples_per_shard)
-    source = _open_source_once(spec)
+    source = open_source(spec)
     permutation = np.random.default_rng(seed).permutation(len(source.labels))
+    contents = uuid.uuid4().hex  # a later call must not meet the source that this one opened
     starts = range(0, len(permutation), samples_per_shard)
     tasks = [
         _ShardTask(
             spec=spec,
+            contents=contents,
             uri=storage.join(output, f"shard-{number:06d}.tar"),
             first=start,
             indices=permutation[start : start + samples_per_shard],
@@ -76,6 +84,7 @@ def pack(
         for number, start in enumerate(starts)
     ]
     report = None if on_progress is None else functools.partial(_report, on_progress, len(tasks))
+    storage.delete_file(storage.join(output, MANIFEST_NAME))
     shards = map_tasks(_write_shard, tasks, report)
     manifest = Manifest(
         uri=storage.normalise(output),
@@ -95,7 +104,7 @@ def _report(on_progress: Callable[[int, int], None], total: int, done: int) -> N
 
 
 def _write_shard(task: _ShardTask) -> ShardInfo:
-    source = _open_source_once(task.spec)
+    source = _open_source_once(task.spec, task.contents)
     buffer = io.BytesIO()
     # A fixed time and owner: the same samples give the same bytes, hence the same checksum.
     with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="lgaf", group="lgaf") as writer:

@@ -44,7 +44,8 @@ class _MappedFile:
     """A local file by memory map: nothing is read that is not asked for."""
 
     def __init__(self, uri: str) -> None:
-        storage.size(uri)
+        if storage.size(uri) == 0:
+            raise RecordIOError(f"{uri}: the file is empty")
         with storage.local_path(uri).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -123,14 +124,14 @@ class RecordIOReader:
         parts = []
         expected = (WHOLE, FIRST)
         while True:
-            head = self._data.read(offset, 8)
+            head = self._data.read(offset, 8) if 0 <= offset < len(self._data) else b""
             if len(head) < 8:
                 raise self._damaged(key, f"the file ends at byte {len(self._data)}, within the record at byte {offset}")
             magic, packed = struct.unpack("<II", head)
             kind, length = packed >> LENGTH_BITS, packed & ((1 << LENGTH_BITS) - 1)
             if magic != MAGIC or kind not in expected:
                 raise self._damaged(key, f"no record starts at byte {offset}")
-            part = self._data.read(offset + 8, length)
+            part = self._data.read(offset + 8, length) if length and offset + 8 < len(self._data) else b""
             if len(part) < length:
                 raise self._damaged(key, f"the file ends at byte {len(self._data)}, within the record at byte {offset}")
             parts.append(part)

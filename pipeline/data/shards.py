@@ -47,14 +47,15 @@ def read_shard(uri: str, info: ShardInfo, num_classes: int) -> Shard:
     data = storage.read_bytes(uri)
     if len(data) != info.num_bytes:
         raise ShardError(f"{uri}: truncated or altered: {len(data)} bytes, the manifest says {info.num_bytes}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != info.sha256:
-        raise ShardError(f"{uri}: corrupt: sha256 is {found}, the manifest says {info.sha256}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != info.sha256:
+        raise ShardError(f"{uri}: corrupt: sha256 is {digest}, the manifest says {info.sha256}")
     samples = parse_shard(data, uri)
     if len(samples.images) != info.num_samples:
         raise ShardError(f"{uri}: {len(samples.images)} samples, the manifest says {info.num_samples}")
     if samples.labels.min() < 0 or samples.labels.max() >= num_classes:
-        raise ShardError(f"{uri}: labels go to {samples.labels.max()}, the data set has {num_classes} classes")
+        found = f"{samples.labels.min()} to {samples.labels.max()}"
+        raise ShardError(f"{uri}: labels go from {found}, the data set has {num_classes} classes")
     return samples
 
 
@@ -80,9 +81,11 @@ def parse_shard(data: bytes, uri: str) -> Shard:
         raise ShardError(
             f"{uri}: samples need both a .jpg and a .cls member; incomplete: {lone or 'no samples at all'}"
         )
-    return Shard(
-        keys=list(images), images=list(images.values()), labels=np.array([labels[key] for key in images], np.int64)
-    )
+    try:
+        numbers = np.array([labels[key] for key in images], np.int64)
+    except OverflowError as error:
+        raise ShardError(f"{uri}: a label is not a class number: {error}") from error
+    return Shard(keys=list(images), images=list(images.values()), labels=numbers)
 
 
 def _members(data: bytes, uri: str) -> list[tuple[str, bytes]]:
@@ -94,29 +97,34 @@ def _members(data: bytes, uri: str) -> list[tuple[str, bytes]]:
             break
         if header[257:262] != b"ustar":
             raise ShardError(f"{uri}: byte {position}: not a tar header")
-        num_bytes = int(header[124:136].rstrip(b" \0") or b"0", 8)
+        field = header[124:136].strip(b" \0") or b"0"
+        if field.strip(b"01234567"):
+            raise ShardError(f"{uri}: byte {position}: {field!r} is not a member's size")
+        num_bytes = int(field, 8)
         body = data[position + BLOCK : position + BLOCK + num_bytes]
         if len(body) < num_bytes:
             raise ShardError(f"{uri}: byte {position}: the member ends beyond the file")
         kind = header[156:157]
         if kind == b"L":  # GNU: the next member's name is this one's body
-            long_name = body.rstrip(b"\0").decode()
+            long_name = body.rstrip(b"\0").decode(errors="replace")
         elif kind == b"x":  # PAX: records "length key=value\n"
-            long_name = _pax_path(body) or long_name
+            long_name = _pax_path(body, f"{uri}: byte {position}") or long_name
         elif kind in b"0\0":
-            prefix = header[345:500].rstrip(b"\0").decode()
-            short = header[:100].rstrip(b"\0").decode()
+            prefix = header[345:500].rstrip(b"\0").decode(errors="replace")
+            short = header[:100].rstrip(b"\0").decode(errors="replace")
             members.append((long_name or (f"{prefix}/{short}" if prefix else short), body))
             long_name = ""
         position += BLOCK + -(-num_bytes // BLOCK) * BLOCK
     return members
 
 
-def _pax_path(body: bytes) -> str:
+def _pax_path(body: bytes, place: str) -> str:
     while body:
         length = body.partition(b" ")[0]
+        if not length.isdigit() or int(length) <= len(length):
+            raise ShardError(f"{place}: a damaged PAX header")
         key, _, value = body[len(length) + 1 : int(length)].partition(b"=")
         if key == b"path":
-            return value.rstrip(b"\n").decode()
+            return value.rstrip(b"\n").decode(errors="replace")
         body = body[int(length) :]
     return ""

@@ -108,6 +108,8 @@ class RecordIOSource:
     def __init__(self, spec: SourceSpec) -> None:
         self._reader = RecordIOReader(storage.join(spec.uri, RECORDIO_FILE))
         self._keys = image_keys(self._reader)
+        if not self._keys:
+            raise RecordIOError(f"{self._reader.uri}: it holds no images")
         raw = np.array([self._label(key) for key in self._keys])
         names, self.labels = np.unique(raw, return_inverse=True)
         self.identities = tuple(str(int(name)) for name in names)

@@ -244,7 +244,7 @@ class BatchAssembler:
                 while not self._waiting[stream]:
                     block = next(self._blocks, None)
                     if block is None:
-                        if parts:
+                        if parts or any(self._waiting.values()):
                             raise ShardError(f"the samples of stream {stream} end in the middle of a batch")
                         raise StopIteration
                     self._receive(block)

@@ -162,7 +162,8 @@ def decide(
         raise ValueError("the candidate has no benchmark outcome: there is nothing to decide on")
     failures = _broken_floors(ours, policy)
     if champion is None:
-        reasons = failures or [f"There is no champion yet and the candidate keeps all {len(policy.floors)} floors."]
+        kept = f" and the candidate keeps all {len(policy.floors)} floors" if policy.floors else ""
+        reasons = failures or [f"There is no champion yet{kept}."]
         differences = tuple(_difference(outcome, None) for outcome in ours.values())
         return PromotionDecision(promote=not failures, reasons=tuple(reasons), differences=differences)
     theirs = _by_name("champion", champion)

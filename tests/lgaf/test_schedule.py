@@ -53,7 +53,7 @@ def test_warmup_rises_evenly_to_the_base_and_never_is_zero(warmup, total):
     if risen == 0:
         assert set(rates) == {BASE}
         return
-    # Continuous: it starts one stride above nothing, no stride is longer than the others, it meets the base rate exactly.
+    # Continuous: it starts one stride above nothing, all strides are equal, it meets the base rate.
     stride = BASE / risen
     for low, high in pairwise([0.0, *rates[:risen]]):
         assert high - low == pytest.approx(stride, rel=1e-6)

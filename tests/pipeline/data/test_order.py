@@ -261,9 +261,7 @@ class TestShuffleQuality:
         planned = np.array(
             [len(set(labels[batch])) for epoch in range(4) for batch in expected_batches(self.case, epoch)]
         )
-        full = np.array(
-            [len(set(labels[batch])) for _ in range(4) for batch in rng.permutation(8192).reshape(-1, 64)]
-        )
+        full = np.array([len(set(labels[batch])) for _ in range(4) for batch in rng.permutation(8192).reshape(-1, 64)])
         error = math.sqrt(planned.var() / len(planned) + full.var() / len(full))
         assert abs(planned.mean() - full.mean()) < 4 * error
 

@@ -1,0 +1,303 @@
+"""The command line: mistakes are named in a few words before anything starts, and a run name means one recipe."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from lgaf.models import LGAFConfig
+from lgaf.optim import SGDConfig
+from pipeline import cli, presets, storage
+from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
+from pipeline.training.metrics_log import MetricsLog
+from tests.conftest import ROOT
+
+JOBS = ("train_demo", "train_webface4m", "pack_dataset")
+
+
+@pytest.fixture
+def no_start(monkeypatch):
+    """Mistakes must be found before Ray or MLflow start: the boundary to both fails the test."""
+
+    def started(*arguments, **keywords):
+        pytest.fail("went on to start Ray or open an MLflow run")
+
+    monkeypatch.setattr(cli, "ray_session", started)
+    monkeypatch.setattr(cli, "_open_place", started)
+
+
+def _plain(text: str) -> str:
+    """Text without the box that frames it and the line breaks that fit it in."""
+    return " ".join(re.sub(r"[╭╮╰╯│─]", " ", text).split())
+
+
+def _run(preset: TrainConfig, arguments: list[str], capsys) -> tuple[int, str]:
+    try:
+        code = cli.train_job(preset, arguments=arguments)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    return code, _plain(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.bakbone", "tiny"], ["--model.bakbone", "Perhaps you meant: --model.backbone"]),
+        (["--batchsize", "64"], ["--batchsize", "Perhaps you meant: --batch-size"]),
+        (["--model.backbone", "tinny"], ["model.backbone='tinny'", "did you mean 'tiny'", "iresnet100", "micro"]),
+        (["--batch-size", "127"], ["batch_size=127 must be a multiple of stream.num_streams=4"]),
+        (["--batch-size", "2", "--num-workers", "4", "--stream.num-streams", "1"], ["batch_size=2", "4 workers"]),
+        (["--epochs", "0"], ["epochs=0 must be greater than 0"]),
+        (["--epochs", "many"], ["--epochs", "'many'"]),
+        (["--precision", "fp8"], ["--precision", "'fp8'", "'float32', 'bfloat16'"]),
+        (["--head.name", "arcfase"], ["--head.name", "'arcfase'", "'arcface', 'cosface'"]),
+        (["--model.dropout", "2"], ["model.dropout=2.0 must lie in [0.0, 0.99]"]),
+        (["--schedule.milestones", "0.9", "0.5"], ["schedule.milestones=(0.9, 0.5)", "rising"]),
+        (["--stream.augmentation", "adafase"], ["stream.augmentation='adafase'", "did you mean 'adaface'"]),
+        (["--run-name", "a/b"], ["run_name='a/b'", "no slash"]),
+        (["--storage", "gs://bucket"], ["gs://bucket: unknown scheme 'gs'", "s3"]),
+        (["--tracking.url", "x"], ["--tracking.url", "--tracking.uri"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else value,
+)
+def test_mistakes_are_named_without_a_traceback(arguments, words, capsys, no_start):
+    code, text = _run(presets.demo(), arguments, capsys)
+    assert code not in (0, None)
+    for word in words:
+        assert word in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--data", "required"]),
+        (["--data", "{tmp}"], ["--benchmarks", "required"]),
+        (["--benchmarks", "{tmp}"], ["--data", "required"]),
+    ],
+    ids=["neither", "no benchmarks", "no data"],
+)
+def test_the_real_job_says_what_it_requires(arguments, words, capsys, no_start, tmp_path):
+    given = [argument.format(tmp=tmp_path) for argument in [*arguments, "--storage", "{tmp}/out"]]
+    code, text = _run(presets.webface4m(), given, capsys)
+    assert code not in (0, None)
+    for word in words:
+        assert word in text
+    assert not (tmp_path / "out").exists(), "nothing must be left behind"
+
+
+def _named(config: TrainConfig, **changes: object) -> str:
+    return cli._with_place(replace(config, **changes)).run_name
+
+
+def test_the_default_run_name_is_stable_and_says_the_preset():
+    name = _named(presets.demo())
+    assert re.fullmatch(r"demo-[0-9a-f]{8}", name)
+    assert name == _named(presets.demo())
+    assert name == _named(presets.demo(), storage="/elsewhere"), "the place is not part of what is trained"
+    assert _named(presets.demo(), run_name="mine") == "mine"
+    code = "from pipeline import cli, presets; print(cli._with_place(presets.demo()).run_name)"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    other = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == name
+
+
+def test_the_default_run_name_changes_with_the_configuration():
+    config = presets.demo()
+    changes = [
+        {"epochs": 13},
+        {"seed": 1},
+        {"data": "/other"},
+        {"precision": "float32"},
+        {"model": replace(config.model, dropout=0.1)},
+        {"optimizer": replace(config.optimizer, learning_rate=0.2)},
+        {"stream": replace(config.stream, num_streams=8)},
+        {"head": replace(config.head, margin=0.3)},
+    ]
+    assert len({_named(config), *(_named(config, **change) for change in changes)}) == len(changes) + 1
+
+
+def test_what_may_differ_on_resuming_gives_the_same_default_name():
+    # Else the same command with another number of workers would start over instead of resuming.
+    config = presets.demo()
+    name = _named(config)
+    assert _named(config, num_workers=1) == name
+    assert _named(config, workers=WorkersConfig(checkpoint_every_steps=7)) == name
+
+
+def test_storage_becomes_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli._with_place(presets.demo()).storage == f"file://{tmp_path}/outputs"
+    assert cli._with_place(replace(presets.demo(), storage="s3://bucket/x/")).storage == "s3://bucket/x"
+
+
+def test_a_submitted_job_does_not_write_into_the_folder_that_ray_deletes(monkeypatch, tmp_path):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert cli._with_place(presets.demo()).storage == "file://" + os.path.expanduser("~/lgaf-outputs")
+    assert cli._with_place(replace(presets.demo(), storage=str(tmp_path))).storage == f"file://{tmp_path}"
+    assert cli._with_place(replace(presets.demo(), storage="s3://b/x")).storage == "s3://b/x"
+
+
+def _began(config: TrainConfig, run_uri: str) -> None:
+    """Leave what a run that has trained leaves."""
+    cli._check_resumable(config, run_uri)
+    MetricsLog(run_uri, 0)
+
+
+def test_the_same_name_with_another_recipe_is_refused(tmp_path):
+    config = replace(presets.demo(), run_name="run", storage=str(tmp_path))
+    uri = str(tmp_path / "run")
+    _began(config, uri)
+    cli._check_resumable(config, uri)
+    other = replace(config, epochs=99, optimizer=SGDConfig(learning_rate=0.3), num_workers=1)
+    with pytest.raises(ValueError, match=r"run_name='run' was started with another configuration") as caught:
+        cli._check_resumable(other, uri)
+    text = str(caught.value)
+    assert "epochs was 12, is 99" in text
+    assert "optimizer" in text
+    assert "0.3" in text
+    assert "num_workers" not in text, "what may differ is not the reason"
+    assert "model was" not in text
+    cli._check_resumable(config, uri)  # a refused attempt must not have replaced what was noted
+
+
+def test_a_run_that_never_trained_may_be_corrected(tmp_path):
+    config = replace(presets.demo(), run_name="run")
+    cli._check_resumable(config, str(tmp_path))
+    corrected = replace(config, data="/the/right/place")
+    _began(corrected, str(tmp_path))
+    with pytest.raises(ValueError, match=r"data was '/the/right/place', is 'synthetic'"):
+        cli._check_resumable(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_workers": 1},
+        {"workers": WorkersConfig(checkpoint_every_steps=3)},
+        {"tracking": TrackingConfig(uri="http://mlflow:5000")},
+        {"benchmarks": "/faces"},
+        {"storage": "/mounted/elsewhere"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_does_not_change_the_training_may_differ(tmp_path, changes):
+    config = replace(presets.demo(), run_name="run")
+    _began(config, str(tmp_path))
+    cli._check_resumable(replace(config, **changes), str(tmp_path))
+    noted = storage.read_json(str(tmp_path / "config.json"))
+    assert noted == storage.plain_json(asdict(replace(config, **changes)))
+
+
+def test_the_whole_job_refuses_it_in_one_line(tmp_path, capsys, no_start):
+    config = cli._with_place(replace(presets.demo(), run_name="run", storage=str(tmp_path)))
+    _began(config, storage.join(config.storage, "run"))
+    code, text = _run(presets.demo(), ["--run-name", "run", "--storage", str(tmp_path), "--epochs", "3"], capsys)
+    assert code == 1
+    assert text.startswith("error: run_name='run' was started with another configuration: epochs was 12, is 3")
+    assert "Traceback" not in text
+
+
+def test_exit_codes(capsys):
+    def fail(error: BaseException):
+        def job() -> None:
+            raise error
+
+        return job
+
+    assert cli.run_job(lambda: None) == 0
+    assert cli.run_job(fail(KeyboardInterrupt())) == 130
+    assert "resumes" in capsys.readouterr().err
+    assert cli.run_job(fail(storage.StorageError("s3://x/[1]: does not exist"))) == 1
+    text = capsys.readouterr().err
+    assert "error: s3://x/[1]: does not exist" in text
+    assert "Traceback" not in text
+    assert cli.run_job(fail(ZeroDivisionError("a bug"))) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text, "a bug keeps its traceback"
+    assert "error: a bug" in text
+
+
+def test_a_debug_variable_shows_the_traceback_of_user_errors(monkeypatch, capsys):
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+
+    def job() -> None:
+        raise storage.StorageError("s3://x: does not exist")
+
+    assert cli.run_job(job) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_are_thin_executables(name):
+    path = ROOT / "jobs" / f"{name}.py"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("#!")
+    assert "python" in lines[0]
+    assert len(lines) <= 40
+    assert path.stat().st_mode & stat.S_IXUSR
+
+
+def _start(name: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, f"jobs/{name}.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train_demo", ["--data", "--model.backbone", "--num-workers", "default: 128"]),
+        ("train_webface4m", ["--data", "--benchmarks", "default: iresnet100", "default: 512"]),
+        ("pack_dataset", ["--source", "--output", "--format", "required"]),
+    ],
+)
+def test_help_of_each_job(name, words):
+    # Run as a user does: by path, from the repository, without an installed package or PYTHONPATH.
+    process = _start(name, "--help")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for word in words:
+        assert word in _plain(out)
+
+
+def test_a_mistake_on_the_real_command_line():
+    process = _start("train_demo", "--model.bakbone", "tiny")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "--model.bakbone" in err
+    assert "--model.backbone" in err
+    assert "Traceback" not in out + err
+
+
+def test_packing_what_is_not_there_names_it(tmp_path, capsys, no_start):
+    missing = tmp_path / "faces"
+    assert cli.pack_job(["--source", str(missing), "--output", str(tmp_path / "out")]) == 1
+    assert f"{missing}: does not exist" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_preset_decides_the_defaults(no_start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run_training", seen.append)
+    assert cli.train_job(presets.demo(), arguments=["--epochs", "2", "--model.dropout", "0.1"]) == 0
+    (config,) = seen
+    assert config.model == replace(presets.demo().model, dropout=0.1)
+    assert config.model != LGAFConfig(dropout=0.1)
+    assert replace(config, epochs=12, model=presets.demo().model) == cli._with_place(
+        replace(presets.demo(), run_name=config.run_name)
+    )

@@ -1,0 +1,139 @@
+"""Run configurations: presets are valid and survive JSON, the paper's recipe is the paper's, bad values are named."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lgaf.config import from_dict
+from lgaf.models import LGAFConfig
+from lgaf.optim import SGDConfig
+from lgaf.schedule import StepSchedule
+from pipeline import presets
+from pipeline.config import HeadConfig, PackConfig, TrainConfig, WorkersConfig
+from pipeline.data.stream import StreamConfig
+from pipeline.storage import plain_json
+
+PRESETS = {
+    name: function
+    for name, function in inspect.getmembers(presets, inspect.isfunction)
+    if function.__module__ == presets.__name__
+}
+
+
+def test_there_are_presets():
+    assert {"demo", "webface4m"} <= PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_named_after_themselves(name):
+    config = PRESETS[name]()
+    assert isinstance(config, TrainConfig)
+    assert config.preset == name
+    assert config == PRESETS[name](), "a preset is a value"
+    assert not config.run_name, "runs are named by their content"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = PRESETS[name]()
+    assert from_dict(TrainConfig, plain_json(asdict(config))) == config
+    changed = replace(config, epochs=3, schedule=StepSchedule(milestones=(), warmup=0.5), run_name="x")
+    assert from_dict(TrainConfig, plain_json(asdict(changed))) == changed
+
+
+@given(
+    st.builds(LGAFConfig, embedding_dim=st.sampled_from([8, 64]), branches=st.sampled_from([("local",), ("global",)])),
+    st.builds(StepSchedule, milestones=st.lists(st.floats(0.01, 1), max_size=3).map(lambda m: tuple(sorted(m)))),
+    st.builds(SGDConfig, learning_rate=st.floats(1e-9, 1e3), weight_decay=st.floats(0, 1)),
+    st.integers(1, 99),
+)
+def test_any_configuration_survives_json(model, schedule, optimizer, epochs):
+    config = TrainConfig(preset="x", model=model, schedule=schedule, optimizer=optimizer, epochs=epochs)
+    assert from_dict(TrainConfig, plain_json(asdict(config))) == config
+
+
+def test_webface4m_is_the_papers_recipe():
+    config = presets.webface4m()
+    assert config.model == LGAFConfig(
+        backbone="iresnet100",
+        embedding_dim=512,
+        branches=("global", "local"),
+        num_heads=4,
+        scales=(1, 3, 5),
+        quality="norm",
+        fusion="add",
+    )
+    assert config.head == HeadConfig(name="arcface", margin=0.4, scale=64.0)
+    assert config.optimizer == SGDConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
+    assert (config.batch_size, config.epochs) == (512, 26)
+    assert config.schedule.milestones == pytest.approx((12 / 26, 20 / 26, 24 / 26))
+    assert (config.schedule.factor, config.schedule.warmup) == (0.1, 0.0)
+    steps_per_epoch = 4_235_242 // config.batch_size
+    total = steps_per_epoch * config.epochs
+    rates = [config.schedule.learning_rate(0.1, epoch * steps_per_epoch, total) for epoch in range(26)]
+    assert rates == pytest.approx([0.1] * 12 + [0.01] * 8 + [0.001] * 4 + [0.0001] * 2)
+
+
+def _demo(**changes: object) -> TrainConfig:
+    return replace(presets.demo(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: _demo(batch_size=127), r"batch_size=127 must be a multiple of stream\.num_streams=4"),
+        (lambda: _demo(batch_size=4, num_workers=5), r"batch_size=4 is less than the 5 workers"),
+        (lambda: _demo(epochs=0), r"epochs=0 must be greater than 0"),
+        (lambda: _demo(batch_size=0), r"batch_size=0 must be greater than 0"),
+        (lambda: _demo(num_workers=-1), r"num_workers=-1 must be greater than 0"),
+        (lambda: _demo(run_name="a/b"), r"run_name='a/b' must be usable as a folder name"),
+        (lambda: _demo(run_name="s3:x"), r"run_name='s3:x'"),
+        (lambda: _demo(run_name=".."), r"run_name='\.\.'"),
+        (lambda: _demo(seed=-1), r"seed=-1"),
+        (lambda: LGAFConfig(backbone="tinny"), r"model\.backbone='tinny'.*did you mean 'tiny'.*iresnet100"),
+        (lambda: LGAFConfig(embedding_dim=10), r"model\.num_heads=4 must divide model\.embedding_dim=10"),
+        (lambda: LGAFConfig(scales=(2,)), r"model\.scales=\(2,\)"),
+        (lambda: LGAFConfig(branches=()), r"model\.branches=\(\)"),
+        (lambda: LGAFConfig(dropout=1.0), r"model\.dropout=1\.0"),
+        (lambda: HeadConfig(name="arcfase"), r"head\.name='arcfase'.*did you mean 'arcface'"),
+        (lambda: HeadConfig(scale=0.0), r"head\.scale=0\.0"),
+        (lambda: HeadConfig(margin=-0.1), r"head\.margin=-0\.1"),
+        (lambda: StreamConfig(num_streams=0), r"stream\.num_streams=0"),
+        (lambda: StreamConfig(augmentation="adafase"), r"stream\.augmentation='adafase'.*adaface"),
+        (lambda: PackConfig(samples_per_shard=0), r"pack\.samples_per_shard=0"),
+        (lambda: WorkersConfig(keep_checkpoints=0), r"workers\.keep_checkpoints=0"),
+        (lambda: WorkersConfig(threads=-1), r"workers\.threads=-1"),
+    ],
+)
+def test_bad_values_are_named(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epoch": 3}, r"'epoch' is not valid \(did you mean 'epochs'\?\)"),
+        ({"model": {"bakbone": "tiny"}}, r"model: the key='bakbone'.*did you mean 'backbone'"),
+        ({"epochs": "3"}, r"epochs='3' must be of type int"),
+        ({"epochs": True}, r"epochs=True must be of type int"),
+        ({"precision": "fp8"}, r"precision='fp8'.*float32, bfloat16"),
+        ({"model": 3}, r"model=3 must be a mapping"),
+        ({"schedule": {"milestones": 0.5}}, r"schedule\.milestones=0\.5 must be a list"),
+        ({"schedule": {"milestones": ["x"]}}, r"schedule\.milestones\[0\]='x' must be of type float"),
+        ({"model": {"branches": ["global", "locale"]}}, r"model\.branches\[1\]='locale'.*did you mean 'local'"),
+    ],
+)
+def test_bad_json_is_named(change, text):
+    with pytest.raises(ValueError, match=text):
+        from_dict(TrainConfig, {"preset": "x"} | change)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ValueError, match="TrainConfig: missing preset"):
+        from_dict(TrainConfig, {})

@@ -1,0 +1,82 @@
+"""``metrics.jsonl``: each step once, whatever was killed in between."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.training.metrics_log import NAME, MetricsLog, StepMetrics, read_metrics
+
+
+def _line(step: int, loss: float = 1.5) -> StepMetrics:
+    return StepMetrics(step=step, epoch=0, loss=loss, lr=0.1, images_per_second=10.0, samples_digest=f"{step:x}")
+
+
+def _steps(run_uri: str) -> list[int]:
+    return [line["step"] for line in read_metrics(run_uri)]
+
+
+@pytest.fixture(params=["file", "memory"])
+def run_uri(request, tmp_path) -> str:
+    return str(tmp_path) if request.param == "file" else f"memory://metrics{tmp_path.name}"
+
+
+def test_lines_are_appended_and_say_everything(run_uri):
+    log = MetricsLog(run_uri, 0)
+    log.write([_line(0), _line(1)])
+    log.write([])
+    log.write([_line(2, loss=0.25)])
+    assert _steps(run_uri) == [0, 1, 2]
+    assert read_metrics(run_uri)[2] == {
+        "step": 2,
+        "epoch": 0,
+        "loss": 0.25,
+        "lr": 0.1,
+        "images_per_second": 10.0,
+        "samples_digest": "2",
+    }
+    text = storage.read_bytes(storage.join(run_uri, NAME)).decode()
+    assert text.count("\n") == 3
+    assert all(json.loads(line) for line in text.splitlines())
+
+
+def test_no_file_has_no_lines(run_uri):
+    assert read_metrics(run_uri) == []
+    MetricsLog(run_uri, 0)
+    assert read_metrics(run_uri) == []
+
+
+@pytest.mark.parametrize("first_step", [0, 3, 5, 9])
+def test_a_resumed_run_drops_the_steps_it_does_again(run_uri, first_step):
+    MetricsLog(run_uri, 0).write([_line(step, loss=1.0) for step in range(5)])
+    resumed = MetricsLog(run_uri, first_step)
+    kept = list(range(min(first_step, 5)))
+    assert _steps(run_uri) == kept
+    resumed.write([_line(step, loss=2.0) for step in range(first_step, 7)])
+    assert _steps(run_uri) == kept + list(range(first_step, 7))
+    assert [line["loss"] for line in read_metrics(run_uri)] == [1.0] * len(kept) + [2.0] * len(range(first_step, 7))
+
+
+@given(st.integers(1, 200))
+def test_a_torn_last_line_is_as_if_never_written(tmp_path_factory, cut):
+    run_uri = str(tmp_path_factory.mktemp("run"))
+    MetricsLog(run_uri, 0).write([_line(step) for step in range(4)])
+    path = storage.local_path(storage.join(run_uri, NAME))
+    content = path.read_bytes()
+    cut = min(cut, len(content))
+    path.write_bytes(content[:-cut])
+    whole = content[:-cut].count(b"\n")
+    assert _steps(run_uri) == list(range(whole))
+    MetricsLog(run_uri, 4).write([_line(4)])
+    assert _steps(run_uri) == [*range(whole), 4]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_loss_that_is_not_a_number_stays_readable(run_uri):
+    MetricsLog(run_uri, 0).write([_line(0, loss=float("nan")), _line(1, loss=float("inf"))])
+    assert read_metrics(run_uri)[0]["loss"] != read_metrics(run_uri)[0]["loss"]
+    assert read_metrics(run_uri)[1]["loss"] == float("inf")

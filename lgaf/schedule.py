@@ -37,6 +37,6 @@ class StepSchedule:
         """The rate of step ``step`` (from 0) of ``total_steps``."""
         warmup_steps = round(self.warmup * total_steps)
         if step < warmup_steps:
-            return base * (step + 1) / warmup_steps
+            return base * ((step + 1) / warmup_steps)
         reached = bisect_right([share * total_steps for share in self.milestones], step)
         return float(base * self.factor**reached)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lgaf.schedule import StepSchedule
 from lgaf.seeding import mixed_seed
 
 Precision = Literal["float32", "bfloat16"]
+
+# First part of the seeds of dropout: keeps them apart from those of the class centres.
+DROPOUT_SEED: Final = 2
 
 
 class StepResult(NamedTuple):
@@ -72,8 +75,14 @@ class TrainStep:
         self._network: nn.Module = model
         if world_size(group) > 1:
             # Batch-norm buffers stay each rank's own; sending rank 0's around would cost a collective every step.
+            # Looking for unused parameters keeps DDP from re-ordering its buckets after the first step: a resumed
+            # process would else sum gradients in another order than the one that it continues.
             self._network = DistributedDataParallel(
-                model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+                model,
+                process_group=group,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,
             )
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> StepResult:
@@ -86,7 +95,7 @@ class TrainStep:
         learning_rate = self.schedule.learning_rate(self.base_learning_rate, self.num_steps_done, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        torch.manual_seed(mixed_seed(self.seed, self.num_steps_done, rank_in(self.group)))
+        torch.manual_seed(mixed_seed(DROPOUT_SEED, self.seed, self.num_steps_done, rank_in(self.group)))
         self.model.train()
         images_BCHW = normalise_images(images_BHWC.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):

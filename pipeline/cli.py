@@ -100,6 +100,9 @@ def pack_job(arguments: list[str] | None = None) -> int:
 
 def run_training(config: TrainConfig) -> dict[str, Any]:
     """Run the whole graph of a training job and print the closing table; gives the artefacts."""
+    for name in ("data", "benchmarks"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} is required: preset {config.preset!r} has no default for it")
     started = time.monotonic()
     console = Console()
     run_uri = storage.join(config.storage, config.run_name)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from lgaf.config import require_choice, require_positive
+from lgaf.config import require_choice, require_in_range, require_positive
 from lgaf.heads.margins import MARGINS, create_margin
 from lgaf.models import LGAFConfig
 from lgaf.optim import SGDConfig
@@ -82,6 +82,7 @@ class WorkersConfig:
         """Check the fields."""
         for name in ("cpus_per_worker", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
             require_positive(f"workers.{name}", getattr(self, name))
+        require_in_range("workers.threads", self.threads, 0, 1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +134,7 @@ class TrainConfig:
         """Check what no single part can; ``ValueError`` names the field, its value and what is valid."""
         for name in ("num_workers", "epochs", "batch_size"):
             require_positive(name, getattr(self, name))
+        require_in_range("seed", self.seed, 0, 2**32 - 1)
         check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
-        if set(self.run_name) & set("/\\ :"):
+        if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):
             raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")

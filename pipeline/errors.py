@@ -26,7 +26,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         workers = getattr(current, "worker_failures", None) or {}
-        inner = [current.__cause__, getattr(current, "cause", None), current.__context__, *workers.values()]
+        context = None if current.__suppress_context__ else current.__context__
+        inner = [current.__cause__, getattr(current, "cause", None), context, *workers.values()]
         waiting += [cause for cause in inner if isinstance(cause, BaseException)]
 
 

@@ -50,10 +50,9 @@ def run_graph(stages: Sequence[Stage], results_uri: str, on_stage: OnStage | Non
     Raises:
         ValueError: A stage needs one that does not come before it, or a name occurs twice.
     """
+    _check_order(stages)
     artefacts: dict[str, Any] = {}
     for stage in stages:
-        if stage.name in artefacts or not set(stage.needs) <= artefacts.keys():
-            raise ValueError(f"stage {stage.name!r} needs {stage.needs}; before it there are {list(artefacts)}")
         needed = {name: artefacts[name] for name in stage.needs}
         fingerprint = _fingerprint(stage, needed)
         uri = storage.join(results_uri, f"{stage.name}.json")
@@ -65,6 +64,14 @@ def run_graph(stages: Sequence[Stage], results_uri: str, on_stage: OnStage | Non
             storage.write_json(uri, {"fingerprint": fingerprint, "artefact": dataclasses.asdict(found)})
         artefacts[stage.name] = found
     return artefacts
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    before: list[str] = []
+    for stage in stages:
+        if stage.name in before or not set(stage.needs) <= set(before):
+            raise ValueError(f"stage {stage.name!r} needs {stage.needs}; before it there are {before}")
+        before.append(stage.name)
 
 
 def _fingerprint(stage: Stage, needed: Mapping[str, Any]) -> str:

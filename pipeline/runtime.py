@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,28 +29,31 @@ def ray_session() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
+        _start_local()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def num_cpus() -> int:
-    """CPUs of the whole cluster, as Ray counts them."""
-    return int(ray.cluster_resources().get("CPU", 1))
-
-
-def num_gpus() -> int:
-    """GPUs of the whole cluster, as Ray counts them."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def _start_local() -> None:
+    start = functools.partial(
+        ray.init,
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        # By default Ray ends idle workers after a second, above one per CPU: on two cores every read task would pay for
+        # a new Python process, a third of a core in all.
+        _system_config={"idle_worker_killing_time_threshold_ms": 600_000, "num_workers_soft_limit": 8},
+    )
+    try:
+        start()
+    except Exception:
+        # Ray gives its own processes 30 s to come up, which a busy machine may miss once.
+        ray.shutdown()
+        start()
 
 
 def map_tasks(

@@ -23,6 +23,8 @@ from lgaf.seeding import mixed_seed
 
 INIT_STD: Final = 0.01
 INIT_BLOCK: Final = 4096
+# First part of the seeds of the centres: keeps them apart from those of dropout.
+CENTRES_SEED: Final = 1
 
 
 def initial_centres(classes: range, embedding_dim: int, seed: int) -> Tensor:
@@ -33,7 +35,7 @@ def initial_centres(classes: range, embedding_dim: int, seed: int) -> Tensor:
     """
     weight = torch.empty(len(classes), embedding_dim)
     for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
-        generator = torch.Generator().manual_seed(mixed_seed(seed, block))
+        generator = torch.Generator().manual_seed(mixed_seed(CENTRES_SEED, seed, block))
         first = block * INIT_BLOCK
         rows = torch.randn(INIT_BLOCK, embedding_dim, generator=generator)
         low, high = max(first, classes.start), min(first + INIT_BLOCK, classes.stop)

@@ -27,6 +27,7 @@ from pipeline.data.augment import AUGMENTATIONS
 from pipeline.data.images import decode_rgb
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import ReadPiece, piece_rows, run_plan, stream_slots
+from pipeline.data.pacing import pace
 from pipeline.data.shards import ShardError, read_shard
 
 TRAIN = "train"
@@ -144,6 +145,7 @@ def rank_dataset(plan: StreamPlan, world_size: int, rank: int, start_step: int, 
     )
     # Decoded blocks of about 10 MB: the first batch does not wait for a whole shard.
     dataset.context.target_max_block_size = plan.config.block_rows * plan.manifest.image_side**2 * 3
+    pace(dataset)
     return dataset
 
 

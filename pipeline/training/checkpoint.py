@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -90,8 +91,9 @@ def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
                 process_group=train_step.group,
                 no_dist=train_step.group is None,
             )
-        except Exception as error:
-            raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {error}") from error
+        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+            reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+            raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {reason}") from error
     train_step.num_steps_done = step
 
 

@@ -102,12 +102,12 @@ def test_the_default_run_name_is_stable_and_says_the_preset():
     assert name == _named(presets.demo())
     assert name == _named(presets.demo(), storage="/elsewhere"), "the place is not part of what is trained"
     assert _named(presets.demo(), run_name="mine") == "mine"
-    code = "from pipeline import cli, presets; print(cli._with_place(presets.demo()).run_name)"
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    other = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert other.stdout.strip() == name
+
+
+def test_another_process_gives_the_same_default_run_name(processes):
+    code, out, err = processes["name"]
+    assert code == 0, err
+    assert out.strip() == _named(presets.demo())
 
 
 def test_the_default_run_name_changes_with_the_configuration():
@@ -123,14 +123,6 @@ def test_the_default_run_name_changes_with_the_configuration():
         {"head": replace(config.head, margin=0.3)},
     ]
     assert len({_named(config), *(_named(config, **change) for change in changes)}) == len(changes) + 1
-
-
-def test_what_may_differ_on_resuming_gives_the_same_default_name():
-    # Else the same command with another number of workers would start over instead of resuming.
-    config = presets.demo()
-    name = _named(config)
-    assert _named(config, num_workers=1) == name
-    assert _named(config, workers=WorkersConfig(checkpoint_every_steps=7)) == name
 
 
 def test_storage_becomes_absolute(monkeypatch, tmp_path):
@@ -248,14 +240,33 @@ def test_jobs_are_thin_executables(name):
     assert path.stat().st_mode & stat.S_IXUSR
 
 
-def _start(name: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, f"jobs/{name}.py", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+COMMANDS = {
+    **{name: [f"jobs/{name}.py", "--help"] for name in JOBS},
+    "mistake": ["jobs/train_demo.py", "--model.bakbone", "tiny"],
+    "name": ["-c", "from pipeline import cli, presets; print(cli._with_place(presets.demo()).run_name)"],
+}
+
+
+@pytest.fixture(scope="module")
+def processes() -> dict[str, tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command, run as a user does: by path, from the repository, not installed.
+
+    All at once: each spends seconds on imports. Hashes of strings are seeded differently from this process.
+    """
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, command in COMMANDS.items()
+    }
+    outputs = {name: process.communicate(timeout=240) for name, process in running.items()}
+    return {name: (running[name].returncode, *output) for name, output in outputs.items()}
 
 
 @pytest.mark.parametrize(
@@ -266,19 +277,16 @@ def _start(name: str, *arguments: str) -> subprocess.Popen:
         ("pack_dataset", ["--source", "--output", "--format", "required"]),
     ],
 )
-def test_help_of_each_job(name, words):
-    # Run as a user does: by path, from the repository, without an installed package or PYTHONPATH.
-    process = _start(name, "--help")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def test_help_of_each_job(name, words, processes):
+    code, out, err = processes[name]
+    assert code == 0, err
     for word in words:
         assert word in _plain(out)
 
 
-def test_a_mistake_on_the_real_command_line():
-    process = _start("train_demo", "--model.bakbone", "tiny")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode not in (0, None)
+def test_a_mistake_on_the_real_command_line(processes):
+    code, out, err = processes["mistake"]
+    assert code != 0
     assert "--model.bakbone" in err
     assert "--model.backbone" in err
     assert "Traceback" not in out + err

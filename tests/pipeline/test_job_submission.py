@@ -42,8 +42,8 @@ def cluster() -> Iterator[dict[str, str]]:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
         command += [f"--port={_free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={_free_port()}", "--ray-client-server-port=0"]
-        log = Path(folder, "head.log").open("w")
-        head = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        with Path(folder, "head.log").open("w") as log:
+            head = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
             _wait_for_head(head, environment, Path(folder, "head.log"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.data import pacing
 from pipeline.data.augment import AUGMENTATIONS
 from pipeline.data.images import decode_rgb
 from pipeline.data.order import run_plan, stream_slots
@@ -298,3 +300,21 @@ def test_a_damaged_shard_stops_the_stream_and_is_named(tmp_path, ray_cluster):
     storage.write_bytes(manifest.shard_uri(1), bytes(data))
     with pytest.raises(Exception, match=r"shard-000001\.tar: corrupt: sha256"):
         ray_batches([rank_dataset(stream_plan(manifest), 1, 0, 0, 1.0)], 1)
+
+
+@pytest.mark.ray
+def test_the_scheduling_loop_rests_while_the_consumer_is_slow(packed, ray_cluster, monkeypatch):
+    turns = []
+    paced = pacing.PacedScheduling.max_task_output_bytes_to_read
+
+    def counted(self, op):
+        if op is self._first_operator:
+            turns.append(time.monotonic())
+        return paced(self, op)
+
+    monkeypatch.setattr(pacing.PacedScheduling, "max_task_output_bytes_to_read", counted)
+    blocks = iter(rank_dataset(stream_plan(packed), 1, 0, 0, 1.0).iterator().iter_batches(batch_size=None))
+    next(blocks)
+    time.sleep(2)  # the loop meanwhile has blocks that it may not take
+    # None at all would mean that Ray no longer calls the hook; without its pause there are thousands.
+    assert 0 < len(turns) <= (turns[-1] - turns[0]) / pacing.TURN_S + 2

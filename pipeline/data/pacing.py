@@ -2,7 +2,7 @@
 
 While a consumer is slower than its data (the normal state of training), Ray 2.60's executor finds finished blocks that
 back-pressure forbids it to take, does not wait, and spins: one core a rank, in the rank's own process, where it also
-competes for Python's lock. Measured with two ranks on two cores: 120 images/s with the spin, @@PACED@@ without.
+competes for Python's lock. Measured with two ranks on two cores: 120 images/s with the spin, 260 without.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from pipeline import storage
-from pipeline.config import TrainConfig
+from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.console import JobDisplay, closing_table, packed_table
 from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD, pack
 from pipeline.data.sources import SourceSpec, SyntheticConfig, detect_format
@@ -25,8 +25,6 @@ from pipeline.tracking.store import default_tracking_uri
 from pipeline.training.metrics_log import NAME as METRICS
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
-# Fields that may differ when a run is resumed: none of them changes what is trained.
-RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
 
 
 def run_job(job: Callable[[], None]) -> int:

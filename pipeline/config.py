@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import tyro
 
@@ -20,6 +20,9 @@ from pipeline.data.stream import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 
 MarginName = Literal["arcface", "cosface"]
+
+# Fields that may differ when a run is resumed: none of them changes what is trained.
+RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

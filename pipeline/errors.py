@@ -9,9 +9,9 @@ from pipeline.data.manifest import ManifestError
 from pipeline.data.pack import PackError
 from pipeline.data.recordio import RecordIOError
 from pipeline.data.shards import ShardError
-from pipeline.storage import StorageError
+from pipeline.storage import MissingError, StorageError
 
-DATA_ERRORS: Final = (ManifestError, PackError, RecordIOError, ShardError)
+DATA_ERRORS: Final = (ManifestError, MissingError, PackError, RecordIOError, ShardError)
 USER_ERRORS: Final = (*DATA_ERRORS, StorageError, ValueError)
 
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from pipeline import storage
-from pipeline.config import TrainConfig
+from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.data import manifest as manifest_file
 from pipeline.data.benchmarks import find_verification_sets, write_verification_bin
 from pipeline.data.manifest import Manifest
 from pipeline.data.pack import pack
 from pipeline.data.sources import SYNTHETIC, SourceSpec, detect_format, open_source
 from pipeline.data.synthetic import SYNTHETIC_BENCHMARKS, benchmark_pairs
-from pipeline.evaluation.report import EvalReport, loss_figure, outcomes, roc_figure
+from pipeline.evaluation.report import EvalReport, loss_figure, roc_figure
 from pipeline.evaluation.suite import evaluate_benchmarks
 from pipeline.graph import Stage
-from pipeline.model_store import CONFIG, WEIGHTS
+from pipeline.model_store import CONFIG
+from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
-from pipeline.tracking import registry, runs
-from pipeline.tracking.promotion import BenchmarkOutcome, PromotionDecision, decide
+from pipeline.tracking import runs
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.trainer import TrainedModel, train
 
@@ -53,16 +51,6 @@ class Benchmarks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Registration:
-    """What became of the model in the registry."""
-
-    model_name: str
-    version: int
-    champion_version: int
-    decision: PromotionDecision
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlace:
     """Where a run's results go: its folder, the MLflow store and the MLflow run."""
 
@@ -74,7 +62,7 @@ class RunPlace:
 def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgress) -> list[Stage]:
     """The graph of a training job."""
     content = asdict(config)
-    recipe = {key: value for key, value in content.items() if key not in ("storage", "workers", "tracking")}
+    recipe = {key: value for key, value in content.items() if key not in RESUMABLE}
     return [
         Stage(
             name="data",
@@ -105,13 +93,13 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
             artefact=EvalReport,
             inputs={},
             needs=("train", "benchmarks"),
-            run=functools.partial(_evaluate, place, on_progress),
+            run=functools.partial(_evaluate, config, place, on_progress),
         ),
         Stage(
             name="register",
             artefact=Registration,
             inputs={"model_name": config.tracking.model_name, "policy": content["promotion"]},
-            needs=("data", "train", "evaluate"),
+            needs=("data", "benchmarks", "train", "evaluate"),
             run=functools.partial(_register, config, place, on_progress),
         ),
     ]
@@ -213,11 +201,12 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
     return trained
 
 
-def _evaluate(place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> EvalReport:
+def _evaluate(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> EvalReport:
     model: TrainedModel = needed["train"]
     report, curves = evaluate_benchmarks(
         model.model_uri,
         needed["benchmarks"].uri,
+        num_gpus_per_task=1.0 if config.workers.use_gpu else 0.0,
         on_progress=lambda done, total: on_progress("evaluate", done, total, "images embedded"),
     )
     storage.write_bytes(storage.join(place.uri, REPORT), report.to_json().encode())
@@ -228,48 +217,19 @@ def _evaluate(place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any
 
 
 def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> Registration:
-    data, model, report = needed["data"], needed["train"], needed["evaluate"]
     name, store = config.tracking.model_name, place.tracking_uri
-    with tempfile.TemporaryDirectory() as folder:
-        for file in (WEIGHTS, CONFIG):
-            (Path(folder) / file).write_bytes(storage.read_bytes(storage.join(model.model_uri, file)))
-        version = registry.register_model(
-            store,
-            place.mlflow_run_id,
-            Path(folder),
-            name,
-            embedding_dim=config.model.embedding_dim,
-            tags={
-                "model_fingerprint": model.fingerprint,
-                "data_fingerprint": data.fingerprint,
-                "report_uri": storage.join(place.uri, REPORT),
-                "run_name": config.run_name,
-            },
-            description=f"LGAF of run {config.run_name}, mean accuracy {report.mean_accuracy:.4f}.",
-        )
-    on_progress("register", 1, 2, f"{name} version {version}")
-    champion = registry.champion(store, name)
-    if champion is not None and champion.version == version:
-        champion = _previous(store, name, champion)  # a repeated call decides as the first one did
-    theirs = None
-    if champion is not None:
-        theirs = _outcomes(EvalReport.from_json(storage.read_bytes(champion.tags["report_uri"]).decode()))
-    decision = decide(_outcomes(report), theirs, config.promotion)
-    seen = champion.version if champion is not None else None
-    after = registry.apply(store, name, version, decision, champion_seen=seen)
-    on_progress("register", 2, 2, "promoted" if decision.promote else "not promoted")
-    return Registration(
-        model_name=name, version=version, champion_version=after.version if after else 0, decision=decision
+    candidate = Candidate(
+        model_uri=needed["train"].model_uri,
+        embedding_dim=config.model.embedding_dim,
+        run_id=place.mlflow_run_id,
+        run_name=config.run_name,
+        report=needed["evaluate"],
+        report_uri=storage.join(place.uri, REPORT),
+        data_fingerprint=needed["data"].fingerprint,
+        benchmarks_uri=needed["benchmarks"].uri,
     )
-
-
-def _previous(store: str, name: str, champion: registry.ModelVersionInfo) -> registry.ModelVersionInfo | None:
-    before = champion.tags.get(registry.PREVIOUS_CHAMPION_TAG)
-    return registry.get_version(store, name, int(before)) if before else None
-
-
-def _outcomes(report: EvalReport) -> list[BenchmarkOutcome]:
-    return [
-        BenchmarkOutcome(name=result.name, fingerprint=result.fingerprint, correct=outcomes(result))
-        for result in report.benchmarks
-    ]
+    version = register(store, name, candidate)
+    on_progress("register", 1, 2, f"{name} version {version}")
+    registered = promote_if_better(store, name, version, candidate, config.promotion)
+    on_progress("register", 2, 2, "promoted" if registered.decision.promote else "not promoted")
+    return registered

@@ -30,6 +30,10 @@ class StorageError(OSError):
     """A place that cannot be read or written; the message names its URI."""
 
 
+class MissingError(StorageError):
+    """A place that does not exist: trying again does not help."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileInfo:
     """One object found by `list_files`: its URI and size in bytes."""
@@ -111,7 +115,7 @@ def _naming(uri: str, action: str) -> Iterator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
-        raise StorageError(f"{uri}: does not exist") from error
+        raise MissingError(f"{uri}: does not exist") from error
     except OSError as error:
         raise StorageError(f"{uri}: cannot {action}: {error}") from error
 

@@ -82,6 +82,16 @@ def _train(spec: LoopSpec) -> None:
     if first:
         restore_checkpoint(spec.run_uri, first, step)
     log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
+    if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
+        _train_steps(spec, step, log)
+    if log is not None:
+        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.model.state_dict())
+        log.close()
+    dist.barrier()
+
+
+def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> None:
+    config, plan = spec.config, spec.plan
     batches = BatchAssembler(
         iter(
             ray.train.get_dataset_shard(TRAIN).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
@@ -93,7 +103,7 @@ def _train(spec: LoopSpec) -> None:
     )
     pending: list[_Pending] = []
     last_time = time.perf_counter()
-    for number in range(first, plan.total_steps):
+    for number in range(step.num_steps_done, plan.total_steps):
         asked = time.perf_counter()
         batch = next(batches)
         data_wait_s = time.perf_counter() - asked
@@ -109,10 +119,6 @@ def _train(spec: LoopSpec) -> None:
             details = {"world_size": world_size(step.group), "data_fingerprint": plan.manifest.fingerprint}
             save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
             last_time = time.perf_counter()  # a save is not part of any step's time
-    if log is not None:
-        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.model.state_dict())
-        log.close()
-    dist.barrier()
 
 
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,12 +101,25 @@ def test_one_worker_trains_on_the_same_global_batches(first, place):
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.05)
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(first, place):
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="not-exported", num_workers=1, epochs=1)
+    whole = _run(config)
+    lines = read_metrics(str(place / "not-exported"))
+    shutil.rmtree(place / "not-exported" / "model")
+    (place / "not-exported" / "stages" / "train.json").unlink()
+    again = _run(config)
+    assert again["train"].fingerprint == whole["train"].fingerprint
+    assert again["register"].version == whole["register"].version
+    assert read_metrics(str(place / "not-exported")) == lines
+
+
 def test_the_same_command_again_does_nothing_twice(first, place):
     started = time.monotonic()
     again = _run(dataclasses.replace(SMALL, storage=str(place), run_name="two-workers"))
     assert again == first
     assert time.monotonic() - started < 15
-    assert len(MlflowClient(_store(place)).search_model_versions("name='small'")) <= 2
+    versions = MlflowClient(_store(place)).search_model_versions("name='small'")
+    assert sum(version.tags["run_name"] == "two-workers" for version in versions) == 1
 
 
 def _store(place: Path) -> str:
@@ -139,11 +153,14 @@ def test_the_first_version_is_champion_and_serves_the_trained_model(first, place
 
 
 def test_a_model_that_is_not_better_is_not_promoted(first, place):
-    other = _run(dataclasses.replace(SMALL, storage=str(place), run_name="barely", epochs=1, seed=1))
+    # On other benchmarks than the champion was scored on: it is scored on them now.
+    pack = dataclasses.replace(SMALL.pack, benchmark_pairs=30)
+    other = _run(dataclasses.replace(SMALL, storage=str(place), run_name="barely", epochs=1, seed=1, pack=pack))
     decision = other["register"].decision
     assert not decision.promote
     assert decision.p_value >= 0.05
-    assert [difference.num_pairs for difference in decision.differences] == [40, 40, 40]
+    assert [difference.num_pairs for difference in decision.differences] == [30, 30, 30]
+    assert all(difference.champion_accuracy is not None for difference in decision.differences)
     assert champion(_store(place), "small").version == 1
 
 

@@ -6,6 +6,7 @@ CONSTRAINTS := infra/constraints/cpu.txt
 READY := $(VENV)/.ready
 JOB ?= jobs/train_demo.py
 ARGS ?=
+TORCH_INDEX ?=
 
 .PHONY: train test test-all setup check bench submit lock fmt
 
@@ -20,10 +21,11 @@ test-all: $(READY)
 
 setup: $(READY)
 
-# torch first and alone: pinned by the constraints, so that no index's newest (CUDA) build is taken for it.
+# torch first and alone, pinned by the constraints. Where the package index serves CUDA builds (PyPI, on Linux), the
+# CPU build is had with TORCH_INDEX=https://download.pytorch.org/whl/cpu
 $(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch numpy
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 

@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.console import JobDisplay, closing_table, packed_table
 from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD, pack
-from pipeline.data.sources import SourceSpec, SyntheticConfig, detect_format
+from pipeline.data.sources import SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
 from pipeline.errors import message, user_error
 from pipeline.graph import run_graph
 from pipeline.runtime import ray_session
@@ -80,6 +80,8 @@ def pack_job(arguments: list[str] | None = None) -> int:
     def job() -> None:
         wanted = tyro.cli(PackArguments, args=arguments)
         kind = detect_format(wanted.source) if wanted.format == "auto" else wanted.format
+        if kind == "packed":
+            raise ValueError(f"source={wanted.source!r} is packed already: it has a manifest")
         spec = SourceSpec(format=kind, uri=wanted.source, seed=wanted.seed, synthetic=wanted.synthetic)
         console = Console()
         with ray_session(), JobDisplay(console) as display:
@@ -104,6 +106,11 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     console = Console()
     run_uri = storage.join(config.storage, config.run_name)
+    with storage.lock(run_uri, f"run_name={config.run_name!r} is running already"):
+        return _run_locked(config, run_uri, console, started)
+
+
+def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: float) -> dict[str, Any]:
     _check_resumable(config, run_uri)
     place = _open_place(config, run_uri)
     status: Any = "FAILED"
@@ -122,14 +129,15 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
 
 def _with_place(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on where the job runs: absolute storage, and a run name that this command always gives."""
+    """Fill in what depends on where the job runs: absolute places, and a run name that this command always gives."""
     folder = config.storage
     if "://" not in folder and "runtime_resources" in os.getcwd() and not os.path.isabs(folder):
         # A packaged working directory (`ray job submit --working-dir`) is deleted after the job.
         folder = os.path.join("~", "lgaf-outputs")
-    content = {key: value for key, value in asdict(config).items() if key not in ("storage", "run_name")}
-    name = config.run_name or f"{config.preset}-{storage.fingerprint(content)[:8]}"
-    return replace(config, storage=storage.normalise(folder), run_name=name)
+    data, sets = (uri if uri in ("", SYNTHETIC) else storage.normalise(uri) for uri in (config.data, config.benchmarks))
+    config = replace(config, storage=storage.normalise(folder), data=data, benchmarks=sets)
+    content = {key: value for key, value in asdict(config).items() if key not in RESUMABLE}
+    return replace(config, run_name=config.run_name or f"{config.preset}-{storage.fingerprint(content)[:8]}")
 
 
 def _check_resumable(config: TrainConfig, run_uri: str) -> None:

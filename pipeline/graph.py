@@ -90,5 +90,8 @@ def _stored(stage: Stage, uri: str, fingerprint: str) -> Any | None:
     content = storage.read_json(uri)
     if content["fingerprint"] != fingerprint:
         return None
-    artefact = from_dict(stage.artefact, content["artefact"], stage.name)
+    try:
+        artefact = from_dict(stage.artefact, content["artefact"], stage.name)
+    except ValueError:  # written by another version of the code
+        return None
     return artefact if stage.is_valid(artefact) else None

@@ -24,7 +24,7 @@ def demo() -> TrainConfig:
         model=LGAFConfig(backbone="tiny", embedding_dim=128, dropout=0.0),
         head=HeadConfig(name="cosface", margin=0.2, scale=32.0),
         schedule=StepSchedule(warmup=0.05),
-        pack=PackConfig(samples_per_shard=256, synthetic=SyntheticConfig(num_identities=100, images_per_identity=18)),
+        pack=PackConfig(samples_per_shard=256, synthetic=SyntheticConfig(num_identities=100, images_per_identity=16)),
         stream=StreamConfig(num_streams=4, block_rows=128),
         workers=WorkersConfig(checkpoint_every_steps=50),
         tracking=TrackingConfig(experiment="lgaf-demo", model_name="lgaf-demo"),

@@ -28,6 +28,7 @@ class Candidate:
         report_uri: Where they are.
         data_fingerprint: Of the data that it was trained on.
         benchmarks_uri: What it was scored on.
+        num_gpus_per_task: GPUs for scoring the champion on it, too.
     """
 
     model_uri: str
@@ -38,6 +39,7 @@ class Candidate:
     report_uri: str
     data_fingerprint: str
     benchmarks_uri: str
+    num_gpus_per_task: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +91,12 @@ def promote_if_better(
 
 def _champion_outcomes(store: str, champion: registry.ModelVersionInfo, candidate: Candidate) -> list[BenchmarkOutcome]:
     """The champion's outcomes on the candidate's benchmarks: from its report, else by evaluating it on them now."""
-    wanted = {result.fingerprint for result in candidate.report.benchmarks}
+    wanted = _benchmarks(candidate.report)
     report_uri = champion.tags.get("report_uri", "")
     if report_uri and storage.exists(report_uri):
         report = EvalReport.from_json(storage.read_bytes(report_uri).decode())
-        if {result.fingerprint for result in report.benchmarks} == wanted:
+        # The place may since hold another model's report: a run that was deleted and made again has the same name.
+        if report.model_fingerprint == champion.tags.get(FINGERPRINT_TAG) and _benchmarks(report) == wanted:
             return _outcomes(report)
     # Tasks on other nodes must reach it too, so it lies beside the candidate, not in a folder of this machine.
     target = storage.join(candidate.report_uri.rsplit("/", 1)[0], f"champion-version-{champion.version}")
@@ -101,8 +104,12 @@ def _champion_outcomes(store: str, champion: registry.ModelVersionInfo, candidat
         found = registry.fetch_model(store, champion.name, champion.version, Path(folder))
         for file in (WEIGHTS, CONFIG):
             storage.write_bytes(storage.join(target, file), (found / file).read_bytes())
-    report, _ = evaluate_benchmarks(target, candidate.benchmarks_uri)
+    report, _ = evaluate_benchmarks(target, candidate.benchmarks_uri, num_gpus_per_task=candidate.num_gpus_per_task)
     return _outcomes(report)
+
+
+def _benchmarks(report: EvalReport) -> set[tuple[str, str]]:
+    return {(result.name, result.fingerprint) for result in report.benchmarks}
 
 
 def _previous(store: str, name: str, champion: registry.ModelVersionInfo) -> registry.ModelVersionInfo | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -14,7 +15,7 @@ from pipeline.data.benchmarks import find_verification_sets, write_verification_
 from pipeline.data.manifest import Manifest
 from pipeline.data.pack import pack
 from pipeline.data.sources import SYNTHETIC, SourceSpec, detect_format, open_source
-from pipeline.data.synthetic import SYNTHETIC_BENCHMARKS, benchmark_pairs
+from pipeline.data.synthetic import RENDERER_VERSION, SYNTHETIC_BENCHMARKS, benchmark_pairs
 from pipeline.evaluation.report import EvalReport, loss_figure, roc_figure
 from pipeline.evaluation.suite import evaluate_benchmarks
 from pipeline.graph import Stage
@@ -44,10 +45,11 @@ class PackedData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmarks:
-    """Verification sets: their folder (or the one file) and the sets in it."""
+    """Verification sets: their folder (or the one file), the sets in it and the SHA-256 of each."""
 
     uri: str
     sets: tuple[str, ...]
+    sha256: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ class RunPlace:
 def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgress) -> list[Stage]:
     """The graph of a training job."""
     content = asdict(config)
+    logged_to = {"store": place.tracking_uri, "mlflow_run": place.mlflow_run_id}
     recipe = {key: value for key, value in content.items() if key not in RESUMABLE}
     return [
         Stage(
@@ -70,7 +73,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
             inputs={"data": config.data, "pack": content["pack"]},
             needs=(),
             run=functools.partial(_prepare_data, config, on_progress),
-            is_valid=lambda data: storage.exists(storage.join(data.uri, manifest_file.NAME)),
+            is_valid=_is_unchanged,
         ),
         Stage(
             name="benchmarks",
@@ -78,7 +81,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
             inputs={"benchmarks": config.benchmarks, "seed": config.pack.seed, "pairs": config.pack.benchmark_pairs},
             needs=(),
             run=functools.partial(_prepare_benchmarks, config, on_progress),
-            is_valid=lambda found: all(storage.exists(uri) for uri in found.sets),
+            is_valid=lambda found: storage.exists(found.uri) and _describe_sets(found.uri) == found,
         ),
         Stage(
             name="train",
@@ -91,18 +94,24 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
         Stage(
             name="evaluate",
             artefact=EvalReport,
-            inputs={},
+            inputs=logged_to,
             needs=("train", "benchmarks"),
             run=functools.partial(_evaluate, config, place, on_progress),
+            is_valid=lambda report: storage.exists(storage.join(place.uri, REPORT)),
         ),
         Stage(
             name="register",
             artefact=Registration,
-            inputs={"model_name": config.tracking.model_name, "policy": content["promotion"]},
+            inputs={"model_name": config.tracking.model_name, "policy": content["promotion"], **logged_to},
             needs=("data", "benchmarks", "train", "evaluate"),
             run=functools.partial(_register, config, place, on_progress),
         ),
     ]
+
+
+def _is_unchanged(data: PackedData) -> bool:
+    found = storage.exists(storage.join(data.uri, manifest_file.NAME))
+    return found and Manifest.load(data.uri).fingerprint == data.fingerprint
 
 
 def _prepare_data(config: TrainConfig, on_progress: OnProgress, needed: Mapping[str, Any]) -> PackedData:
@@ -159,14 +168,20 @@ def _prepare_benchmarks(config: TrainConfig, on_progress: OnProgress, needed: Ma
     uri = config.benchmarks
     if uri == SYNTHETIC:
         pairs = config.pack.benchmark_pairs
-        uri = storage.join(config.storage, "benchmarks", f"synthetic-{config.pack.seed}-{pairs}")
+        uri = storage.join(config.storage, "benchmarks", f"synthetic-v{RENDERER_VERSION}-{config.pack.seed}-{pairs}")
         tasks = [
             _SyntheticSet(name=name, num_pairs=pairs, seed=config.pack.seed, uri=storage.join(uri, f"{name}.bin"))
             for name in SYNTHETIC_BENCHMARKS
         ]
         missing = [task for task in tasks if not storage.exists(task.uri)]
         map_tasks(_write_synthetic_set, missing, lambda done: on_progress("benchmarks", done, len(missing), "sets"))
-    return Benchmarks(uri=storage.normalise(uri), sets=tuple(find_verification_sets(uri)))
+    return _describe_sets(uri)
+
+
+def _describe_sets(uri: str) -> Benchmarks:
+    sets = tuple(find_verification_sets(uri))
+    sha256 = tuple(hashlib.sha256(storage.read_bytes(found)).hexdigest() for found in sets)
+    return Benchmarks(uri=storage.normalise(uri), sets=sets, sha256=sha256)
 
 
 def _write_synthetic_set(task: _SyntheticSet) -> None:
@@ -227,6 +242,7 @@ def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, nee
         report_uri=storage.join(place.uri, REPORT),
         data_fingerprint=needed["data"].fingerprint,
         benchmarks_uri=needed["benchmarks"].uri,
+        num_gpus_per_task=1.0 if config.workers.use_gpu else 0.0,
     )
     version = register(store, name, candidate)
     on_progress("register", 1, 2, f"{name} version {version}")

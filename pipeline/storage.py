@@ -7,6 +7,7 @@ An S3 endpoint other than AWS comes from ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -234,6 +235,28 @@ def delete_file(uri: str) -> None:
 def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of a JSON-serialisable value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def lock(uri: str, message: str) -> Iterator[None]:
+    """Hold a local folder for this process alone; the system lets go when it dies. Remote places are not locked.
+
+    Raises:
+        StorageError: With ``message``, if another process holds it.
+    """
+    if not is_local(uri):
+        yield
+        return
+    folder = local_path(uri)
+    with _naming(uri, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{uri}: {message}") from None
+        yield
 
 
 def plain_json(value: Any) -> Any:

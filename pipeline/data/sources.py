@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -11,7 +12,7 @@ from lgaf.config import require_choice, require_positive
 from pipeline import storage
 from pipeline.data import manifest
 from pipeline.data.recordio import RecordIOError, RecordIOReader, image_keys
-from pipeline.data.synthetic import SyntheticFaces
+from pipeline.data.synthetic import RENDERER_VERSION, SyntheticFaces
 
 SYNTHETIC: Final = "synthetic"
 RECORDIO_FILE: Final = "train.rec"
@@ -96,6 +97,7 @@ class SyntheticSource:
         size = self._spec.synthetic
         return {
             "format": SYNTHETIC,
+            "renderer": RENDERER_VERSION,
             "seed": self._spec.seed,
             "num_identities": size.num_identities,
             "images_per_identity": size.images_per_identity,
@@ -114,6 +116,8 @@ class RecordIOSource:
         names, self.labels = np.unique(raw, return_inverse=True)
         self.identities = tuple(str(int(name)) for name in names)
         self._bytes = storage.size(storage.join(spec.uri, RECORDIO_FILE))
+        # Two versions of a pack may differ in nothing but labels, which have a fixed size.
+        self._labels_sha256 = hashlib.sha256(raw.astype("<f8").tobytes()).hexdigest()
 
     def _label(self, key: int) -> float:
         label = self._reader[key].labels[0]
@@ -130,8 +134,13 @@ class RecordIOSource:
         return f"{self._reader.uri}: record {self._keys[index]}"
 
     def describe(self) -> dict[str, Any]:
-        """Counts and size: enough to tell two packs apart without reading them twice."""
-        return {"format": "recordio", "num_bytes": self._bytes, "num_records": len(self._reader)}
+        """Counts, size and labels: enough to tell two packs apart without reading every image."""
+        return {
+            "format": "recordio",
+            "num_bytes": self._bytes,
+            "num_records": len(self._reader),
+            "labels_sha256": self._labels_sha256,
+        }
 
 
 SOURCES: Final[dict[str, type[SyntheticSource] | type[RecordIOSource]]] = {

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.face_renderer import EXPRESSIONS, OCCLUSIONS, SIDE, Factors, Image, render_face, sample_identity
 
+# Goes up when the pictures of equal parameters change: what was rendered before is then rendered again.
+RENDERER_VERSION = 1
 SYNTHETIC_BENCHMARKS = ("synth-pose", "synth-deform", "synth-lowres")
 _MOTION_BLURS = (0, 6, 12, 18)  # pixels, as in the paper
 _PEOPLE_PER_PAIR = 8  # one person and seven strangers, of whom the most alike makes the different pair

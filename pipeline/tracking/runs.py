@@ -58,20 +58,26 @@ def open_run(
         tracking_uri: The store.
         experiment: Created if it is not there.
         run_name: Shown in the UI.
-        run_id: An earlier run to go on with: its status becomes RUNNING again.
+        run_id: An earlier run to go on with: its status becomes RUNNING again. Where it is gone, a new one is made.
         tags: Set on the run in both cases.
         artifact_root: Where a *new* experiment keeps artifacts; by default beside a sqlite store, else the server's.
 
     Raises:
         ValueError: The experiment was deleted.
-        MlflowException: ``run_id`` does not exist, or the server cannot be reached.
+        MlflowException: The server cannot be reached.
     """
     mlflow = client(tracking_uri)
     run_tags = {key: _tag(value) for key, value in (tags or {}).items()}
     if run_id is None:
         experiment_id = _experiment_id(mlflow, tracking_uri, experiment, artifact_root)
         return str(mlflow.create_run(experiment_id, tags=run_tags, run_name=run_name).info.run_id)
-    mlflow.update_run(run_id, status="RUNNING", name=run_name)
+    try:
+        mlflow.update_run(run_id, status="RUNNING", name=run_name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        # The store was emptied, or the run deleted in the UI: the work goes on under a new one.
+        return open_run(tracking_uri, experiment, run_name, tags=tags, artifact_root=artifact_root)
     mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in run_tags.items()])
     return run_id
 

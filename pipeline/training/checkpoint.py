@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -60,8 +61,14 @@ def save_checkpoint(run_uri: str, train_step: TrainStep, details: dict[str, Any]
     with tempfile.TemporaryDirectory() as staging:
         folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
         folder.mkdir(parents=True, exist_ok=True)
-        writer = FileSystemWriter(folder)
-        save(training_state(train_step), storage_writer=writer, process_group=group, no_dist=group is None)
+        save(
+            training_state(train_step),
+            storage_writer=FileSystemWriter(folder),
+            # Batch-norm statistics differ between ranks; the exported model has rank 0's, so the checkpoint does too.
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=group,
+            no_dist=group is None,
+        )
         if not storage.is_local(uri):
             # Each rank's own files; rank 0 has the metadata too.
             for path in folder.iterdir():

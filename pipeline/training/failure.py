@@ -10,13 +10,18 @@ from pipeline.errors import DATA_ERRORS, causes, message
 NAME: Final = "fatal_error.json"
 
 
+class DivergedError(ValueError):
+    """A loss that is not finite."""
+
+
 class FatalTrainingError(ValueError):
     """A run that stopped for good; the message is that of its cause."""
 
 
 def record_fatal(run_uri: str, error: BaseException) -> None:
-    """Note an error if it is the data's fault; any other (a lost worker, a broken connection) is worth a restart."""
-    fatal = next((cause for cause in causes(error) if isinstance(cause, DATA_ERRORS)), None)
+    """Note an error that comes again (bad data, a diverged loss); any other (a lost worker) is worth a restart."""
+    kinds = (*DATA_ERRORS, DivergedError)
+    fatal = next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
     if fatal is not None:
         storage.write_json(storage.join(run_uri, NAME), {"type": type(fatal).__name__, "message": message(fatal)})
 

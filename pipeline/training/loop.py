@@ -26,10 +26,16 @@ from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.training.checkpoint import latest_step, restore_checkpoint, save_checkpoint
-from pipeline.training.failure import record_fatal
-from pipeline.training.metrics_log import MetricsLog, StepMetrics
+from pipeline.training.failure import DivergedError, record_fatal
+from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
 
 MODEL_FOLDER = "model"
+FILED_METRICS = (
+    metric_names.LOSS,
+    metric_names.LEARNING_RATE,
+    metric_names.EPOCH,
+    metric_names.IMAGES_PER_SECOND,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +120,7 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
         done = number + 1
         saves = done % config.workers.checkpoint_every_steps == 0 or done == plan.total_steps
         if saves or done % config.workers.log_every_steps == 0:
-            _flush(pending, step, plan, log)
+            _flush(pending, step, plan, log, durable=saves)
         if saves:
             details = {"world_size": world_size(step.group), "data_fingerprint": plan.manifest.fingerprint}
             save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
@@ -124,8 +130,8 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     """Network, head and optimizer of a run on this worker's device; the same initial weights on every rank."""
     config = spec.config
-    workers = world_size(group)
-    torch.set_num_threads(config.workers.threads or max(1, (os.cpu_count() or 1) // workers))
+    neighbours = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(config.workers.threads or max(1, len(os.sched_getaffinity(0)) // neighbours))
     device = ray.train.torch.get_device()
     torch.manual_seed(config.seed)
     model = config.model.build().to(device)
@@ -152,8 +158,12 @@ def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
 
 
-def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _RankZeroLog | None) -> None:
-    """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this."""
+def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _RankZeroLog | None, durable: bool) -> None:
+    """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this.
+
+    Raises:
+        DivergedError: A loss is not finite (on every rank alike); no checkpoint is written over the last good one.
+    """
     workers = world_size(step.group)
     slots = [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
     longest = max(high - low for low, high in slots)
@@ -166,7 +176,13 @@ def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _Ran
         for row in range(len(pending)):
             parts = [everyone[rank, row, : high - low] for rank, (low, high) in enumerate(slots)]
             digests.append(hashlib.sha256(np.concatenate(parts).astype("<i8").tobytes()).hexdigest())
-        log.write(pending, digests)
+        log.write([entry for entry in pending if entry.loss.isfinite()], digests, durable)
+    diverged = [entry for entry in pending if not entry.loss.isfinite()]
+    if diverged:
+        raise DivergedError(
+            f"the loss of step {diverged[0].step} is {float(diverged[0].loss)}: the run diverged; "
+            "lower optimizer.learning_rate or add schedule.warmup, under a new run_name"
+        )
     pending.clear()
 
 
@@ -178,11 +194,14 @@ class _RankZeroLog:
         self._per_epoch = steps_per_epoch(spec.plan.manifest, spec.plan.batch)
         self._file = MetricsLog(spec.run_uri, first_step)
         self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
+        # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
+        for line in read_metrics(spec.run_uri):
+            self._sink.put(line["step"], {name: line[name] for name in FILED_METRICS})
 
-    def write(self, pending: list[_Pending], digests: list[str]) -> None:
-        """Write the lines of some steps."""
+    def write(self, finite: list[_Pending], digests: list[str], durable: bool) -> None:
+        """Write the lines of some steps; ``durable`` before a checkpoint counts on them."""
         lines = []
-        for entry, digest in zip(pending, digests, strict=True):
+        for entry, digest in zip(finite, digests, strict=False):  # a run ends at its first loss that is not finite
             line = StepMetrics(
                 step=entry.step,
                 epoch=entry.step // self._per_epoch,
@@ -202,8 +221,8 @@ class _RankZeroLog:
                     metric_names.DATA_WAIT_S: entry.data_wait_s,
                 },
             )
-        self._file.write(lines)
-        if self._progress is not None:
+        self._file.write(lines, durable)
+        if self._progress is not None and lines:
             self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
 
     def close(self) -> None:

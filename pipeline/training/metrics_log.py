@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -35,7 +36,8 @@ class StepMetrics:
 class MetricsLog:
     """Appends lines; on opening it drops those of steps that a resumed run will do again.
 
-    On a file system each flush appends. An object store has no append: there, each flush puts the whole file again.
+    On a file system each write appends. An object store has no append: there, the whole file is put again, which is
+    done only where it must be durable, before a checkpoint counts on it.
     """
 
     def __init__(self, run_uri: str, first_step: int) -> None:
@@ -44,14 +46,18 @@ class MetricsLog:
         self._lines = "".join(json.dumps(line) + "\n" for line in kept)
         storage.write_bytes(self._uri, self._lines.encode())
 
-    def write(self, metrics: list[StepMetrics]) -> None:
-        """Append the lines of some steps and make them durable."""
+    def write(self, metrics: list[StepMetrics], durable: bool = True) -> None:
+        """Append the lines of some steps; with ``durable`` they are safe when this returns."""
         lines = "".join(json.dumps(asdict(line)) + "\n" for line in metrics)
         if storage.is_local(self._uri):
             with storage.local_path(self._uri).open("a") as file:
                 file.write(lines)
-        else:
-            self._lines += lines
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            return
+        self._lines += lines
+        if durable:
             storage.write_bytes(self._uri, self._lines.encode())
 
 

@@ -16,11 +16,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import storage
 from pipeline.config import TrainConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, ManifestError
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.stream import TRAIN, PlannedDataConfig, StreamPlan
 from pipeline.model_store import read_model_info
-from pipeline.training.checkpoint import latest_step
+from pipeline.training.checkpoint import MARKER, checkpoint_uri, latest_step
 from pipeline.training.failure import clear_fatal, fatal_message, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
@@ -64,7 +64,9 @@ class _ProgressBoard:
 
 
 def stream_plan(config: TrainConfig, manifest: Manifest) -> StreamPlan:
-    """Which samples a run trains on; ``ValueError`` if the data are smaller than one batch."""
+    """Which samples a run trains on; ``ValueError`` if there are too few of them, or of people."""
+    if manifest.num_classes < config.num_workers:
+        raise ValueError(f"num_workers={config.num_workers} is more than the {manifest.num_classes} people of the data")
     return StreamPlan(
         manifest=manifest,
         config=config.stream,
@@ -98,6 +100,7 @@ def train(
         TrainingFailedError: Workers died more often than ``workers.max_failures``.
     """
     plan = stream_plan(config, manifest)
+    _check_same_data(manifest, run_uri)
     clear_fatal(run_uri)
     board: Any = _ProgressBoard.remote()  # type: ignore[attr-defined]
     spec = LoopSpec(
@@ -121,6 +124,18 @@ def train(
         finished.set()
         watcher.join()
     return _result(config, manifest, run_uri, plan.total_steps)
+
+
+def _check_same_data(manifest: Manifest, run_uri: str) -> None:
+    done = latest_step(run_uri)
+    if not done:
+        return
+    before = storage.read_json(storage.join(checkpoint_uri(run_uri, done), MARKER))["data_fingerprint"]
+    if before != manifest.fingerprint:
+        raise ManifestError(
+            f"{manifest.uri}: the run was trained on data with fingerprint {before[:12]}, "
+            f"this has {manifest.fingerprint[:12]}: take another run_name"
+        )
 
 
 def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:

@@ -155,7 +155,7 @@ def test_the_same_name_with_another_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"run_name='run' was started with another configuration") as caught:
         cli._check_resumable(other, uri)
     text = str(caught.value)
-    assert "epochs was 12, is 99" in text
+    assert "epochs was 18, is 99" in text
     assert "optimizer" in text
     assert "0.3" in text
     assert "num_workers" not in text, "what may differ is not the reason"
@@ -196,7 +196,7 @@ def test_the_whole_job_refuses_it_in_one_line(tmp_path, capsys, no_start):
     _began(config, storage.join(config.storage, "run"))
     code, text = _run(presets.demo(), ["--run-name", "run", "--storage", str(tmp_path), "--epochs", "3"], capsys)
     assert code == 1
-    assert text.startswith("error: run_name='run' was started with another configuration: epochs was 12, is 3")
+    assert text.startswith("error: run_name='run' was started with another configuration: epochs was 18, is 3")
     assert "Traceback" not in text
 
 

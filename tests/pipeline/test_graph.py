@@ -161,8 +161,8 @@ def _difference(name: str, champion: float | None) -> BenchmarkDifference:
 
 
 ARTEFACTS = [
-    Benchmarks(uri="file:///b", sets=("lfw", "größer")),
-    Benchmarks(uri="file:///b", sets=()),
+    Benchmarks(uri="file:///b", sets=("lfw", "größer"), sha256=("a1", "b2")),
+    Benchmarks(uri="file:///b", sets=(), sha256=()),
     TrainedModel(model_uri="s3://m", fingerprint="f", num_steps=10, final_loss=2.0, images_per_second=1e9),
     EvalReport(model_fingerprint="f", benchmarks=(_benchmark("lfw"), _benchmark("cplfw"))),
     Registration(

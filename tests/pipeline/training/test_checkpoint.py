@@ -227,3 +227,22 @@ def test_an_object_store_holds_the_same(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in _flat(restored).items())
     storage.delete_file(storage.join(checkpoint_uri(run_uri, 7), MARKER))
     assert latest_step(run_uri) == 0
+
+
+def _write_rank_statistics(group, run_uri: str) -> None:
+    step = _train_step(group)
+    with torch.no_grad():
+        for name, value in step.model.state_dict().items():
+            if "running_" in name:
+                value.fill_(rank_in(group))
+    step.num_steps_done = 1
+    save_checkpoint(run_uri, step, {}, keep=1)
+
+
+def test_batch_norm_statistics_are_those_of_the_rank_that_is_exported(tmp_path):
+    run_distributed(2, _write_rank_statistics, str(tmp_path))
+    step = _train_step()
+    restore_checkpoint(str(tmp_path), 1, step)
+    statistics = [value for name, value in step.model.state_dict().items() if "running_" in name]
+    assert statistics
+    assert all((value == 0).all() for value in statistics)

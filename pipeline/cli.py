@@ -14,6 +14,7 @@ from rich.console import Console
 from pipeline import storage
 from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.console import JobDisplay, closing_table, packed_table
+from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD, pack
 from pipeline.data.sources import SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
 from pipeline.errors import message, user_error
@@ -112,6 +113,10 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
 def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: float) -> dict[str, Any]:
     _check_resumable(config, run_uri)
+    if config.data != SYNTHETIC:
+        detect_format(config.data)  # a mistyped place is told before anything is started
+    if config.benchmarks != SYNTHETIC:
+        find_verification_sets(config.benchmarks)
     place = _open_place(config, run_uri)
     status: Any = "FAILED"
     try:

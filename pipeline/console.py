@@ -82,6 +82,7 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
         "report": storage.join(place.uri, REPORT),
         "MLflow store": place.tracking_uri,
         "MLflow run": f"{config.tracking.experiment} / {place.mlflow_run_id}",
+        "look at it": f"mlflow ui --host 127.0.0.1 --backend-store-uri {place.tracking_uri}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -26,7 +26,7 @@ def demo() -> TrainConfig:
         schedule=StepSchedule(warmup=0.05),
         pack=PackConfig(samples_per_shard=256, synthetic=SyntheticConfig(num_identities=100, images_per_identity=16)),
         stream=StreamConfig(num_streams=4, block_rows=128),
-        workers=WorkersConfig(checkpoint_every_steps=50),
+        workers=WorkersConfig(checkpoint_every_steps=20),
         tracking=TrackingConfig(experiment="lgaf-demo", model_name="lgaf-demo"),
     )
 

@@ -23,8 +23,9 @@ from pipeline.model_store import CONFIG
 from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
 from pipeline.tracking import runs
+from pipeline.training.checkpoint import latest_step
 from pipeline.training.metrics_log import read_metrics
-from pipeline.training.trainer import TrainedModel, train
+from pipeline.training.trainer import TrainedModel, stream_plan, train
 
 REPORT: Final = "report.json"
 
@@ -200,9 +201,12 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
         num_samples=data.num_samples,
         num_classes=data.num_classes,
     )
+    manifest = Manifest.load(data.uri)
+    done = latest_step(place.uri)
+    on_progress("train", done, stream_plan(config, manifest).total_steps, "resumed" if done else "from the start")
     trained = train(
         config,
-        Manifest.load(data.uri),
+        manifest,
         place.uri,
         tracking_uri=place.tracking_uri,
         mlflow_run_id=place.mlflow_run_id,

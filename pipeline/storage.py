@@ -116,6 +116,8 @@ def _naming(uri: str, action: str) -> Iterator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
+        if action == "write":  # it is the folder that is not there and cannot be made
+            raise StorageError(f"{uri}: cannot be written: {error}") from error
         raise MissingError(f"{uri}: does not exist") from error
     except OSError as error:
         raise StorageError(f"{uri}: cannot {action}: {error}") from error

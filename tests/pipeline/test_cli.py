@@ -306,6 +306,6 @@ def test_the_preset_decides_the_defaults(no_start, monkeypatch):
     (config,) = seen
     assert config.model == replace(presets.demo().model, dropout=0.1)
     assert config.model != LGAFConfig(dropout=0.1)
-    assert replace(config, epochs=12, model=presets.demo().model) == cli._with_place(
+    assert replace(config, epochs=presets.demo().epochs, model=presets.demo().model) == cli._with_place(
         replace(presets.demo(), run_name=config.run_name)
     )

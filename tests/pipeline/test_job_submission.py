@@ -41,7 +41,7 @@ def cluster() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
         command += [f"--port={_free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-        command += [f"--dashboard-agent-listen-port={_free_port()}", "--ray-client-server-port=0"]
+        command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
         with Path(folder, "head.log").open("w") as log:
             head = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -49,8 +49,9 @@ def cluster() -> Iterator[dict[str, str]]:
             _wait_for_head(head, environment, Path(folder, "head.log"))
             yield environment
         finally:
-            os.killpg(head.pid, signal.SIGTERM)
-            head.wait(60)
+            if head.poll() is None:
+                os.killpg(head.pid, signal.SIGTERM)
+                head.wait(60)
 
 
 def _wait_for_head(head: subprocess.Popen, environment: dict[str, str], log: Path) -> None:

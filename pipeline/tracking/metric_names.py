@@ -1,4 +1,4 @@
-"""The names of all metrics, in one place: the training loop, MLflow and the plots must agree on them."""
+"""The names of the per-step metrics, in one place, and what MLflow takes as a name at all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,6 @@ EPOCH: Final = "epoch"
 DATA_WAIT_S: Final = "data_wait_s"
 
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
-
-
-def tar_at_far(far: float) -> str:
-    """The name of the true accept rate at a false accept rate: ``tar_at_far_1e-4`` (MLflow forbids ``@``)."""
-    mantissa, exponent = f"{far:e}".split("e")
-    return f"tar_at_far_{float(mantissa):g}e{int(exponent)}"
-
-
-def of_benchmark(benchmark: str, metric: str) -> str:
-    """The name of a benchmark's metric: ``lfw/accuracy``. MLflow's pages group by what stands before the slash."""
-    return mlflow_key(f"{benchmark}/{metric}")
 
 
 def mlflow_key(name: str) -> str:

@@ -29,7 +29,7 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    if os.environ.get("RAY_ADDRESS"):
+    if is_on_cluster():
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:
         _start_local()
@@ -37,6 +37,11 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def is_on_cluster() -> bool:
+    """Whether ``RAY_ADDRESS`` names a cluster, as it does in a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _start_local() -> None:

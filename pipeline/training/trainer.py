@@ -20,6 +20,7 @@ from pipeline.data.manifest import Manifest, ManifestError
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.stream import TRAIN, PlannedDataConfig, StreamPlan
 from pipeline.model_store import read_model_info
+from pipeline.runtime import is_on_cluster
 from pipeline.training.checkpoint import MARKER, checkpoint_uri, latest_step
 from pipeline.training.failure import clear_fatal, fatal_message, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
@@ -101,6 +102,7 @@ def train(
     """
     plan = stream_plan(config, manifest)
     _check_same_data(manifest, run_uri)
+    _check_gpus(config)
     clear_fatal(run_uri)
     board: Any = _ProgressBoard.remote()  # type: ignore[attr-defined]
     spec = LoopSpec(
@@ -135,6 +137,16 @@ def _check_same_data(manifest: Manifest, run_uri: str) -> None:
         raise ManifestError(
             f"{manifest.uri}: the run was trained on data with fingerprint {before[:12]}, "
             f"this has {manifest.fingerprint[:12]}: take another run_name"
+        )
+
+
+def _check_gpus(config: TrainConfig) -> None:
+    """On a machine of its own, refuse what Ray would wait for without end; a cluster may still grow."""
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if config.workers.use_gpu and found < config.num_workers and not is_on_cluster():
+        raise ValueError(
+            f"num_workers={config.num_workers} with workers.use_gpu need as many GPUs, this machine has {found}: "
+            "take fewer workers, or --workers.no-use-gpu"
         )
 
 

@@ -197,6 +197,15 @@ def test_a_diverged_run_stops_at_once_and_says_so(first, place, capfd):
     assert all(np.isfinite(line["loss"]) for line in read_metrics(str(place / "wild")))
 
 
+def test_gpus_that_are_not_there_are_not_waited_for(first, place, capfd):
+    workers = dataclasses.replace(SMALL.workers, use_gpu=True)
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="gpus", workers=workers, num_workers=9)
+    assert cli.run_job(lambda: _run(config)) == 1
+    assert "num_workers=9 is more than the 8 people" in capfd.readouterr().err
+    assert cli.run_job(lambda: _run(dataclasses.replace(config, num_workers=8))) == 1
+    assert "need as many GPUs" in capfd.readouterr().err
+
+
 def test_a_run_is_not_started_twice_at_once(first, place):
     code = "import sys, time; from pipeline import storage\n"
     code += "with storage.lock(sys.argv[1], 'x'): print('held', flush=True); time.sleep(60)"

@@ -65,6 +65,20 @@ class StreamPlan:
     batch: int
     total_steps: int
 
+    def pieces(self, world_size: int, rank: int, start_step: int) -> list[ReadPiece]:
+        """What a rank reads from ``start_step`` to the end of the run, in the order of its need."""
+        return list(
+            run_plan(
+                self.manifest,
+                seed=self.seed,
+                num_streams=self.config.num_streams,
+                world_size=world_size,
+                rank=rank,
+                batch=self.batch,
+                steps=range(start_step, self.total_steps),
+            )
+        )
+
 
 class TrainBatch(NamedTuple):
     """One rank's part of a global batch: uint8 images [B, H, W, 3], labels [B], global sample indices [B]."""
@@ -117,17 +131,7 @@ def rank_dataset(plan: StreamPlan, world_size: int, rank: int, start_step: int, 
         start_step: Step of the run to start from.
         cpus: CPUs that this execution may use.
     """
-    pieces = list(
-        run_plan(
-            plan.manifest,
-            seed=plan.seed,
-            num_streams=plan.config.num_streams,
-            world_size=world_size,
-            rank=rank,
-            batch=plan.batch,
-            steps=range(start_step, plan.total_steps),
-        )
-    )
+    pieces = plan.pieces(world_size, rank, start_step)
     # On a small machine reader and actor get half each; on a large one a CPU each and as many actors as fit.
     unit = min(1.0, cpus / 2)
     num_actors = max(1, int(cpus / unit) - 1)

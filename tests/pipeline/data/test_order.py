@@ -81,21 +81,26 @@ def deal(case: Case, pieces: list[ReadPiece], world_size: int, rank: int, steps:
     return np.array(batches, np.int64).reshape(steps, sum(high - low for _, low, high in slots))
 
 
+def run_pieces(case: Case, world_size: int, rank: int, steps: range) -> list[ReadPiece]:
+    """What one rank reads for some steps of a run."""
+    return list(
+        run_plan(
+            case.manifest,
+            seed=case.seed,
+            num_streams=case.streams,
+            world_size=world_size,
+            rank=rank,
+            batch=case.batch,
+            steps=steps,
+        )
+    )
+
+
 def whole_run(case: Case, world_size: int, steps: range) -> np.ndarray:
     """Global batches of a run as all its ranks together read them."""
     parts = []
     for rank in range(world_size):
-        pieces = list(
-            run_plan(
-                case.manifest,
-                seed=case.seed,
-                num_streams=case.streams,
-                world_size=world_size,
-                rank=rank,
-                batch=case.batch,
-                steps=steps,
-            )
-        )
+        pieces = run_pieces(case, world_size, rank, steps)
         parts.append(deal(case, pieces, world_size, rank, len(steps)))
     return np.concatenate(parts, axis=1)
 
@@ -172,17 +177,7 @@ def test_a_run_is_its_epochs_one_after_another_from_any_step_to_any_step(case, d
 def test_a_run_that_ends_within_an_epoch_reads_nothing_behind_its_end(case, data, world_size):
     total = data.draw(st.integers(1, 2 * case.steps))
     for rank in range(world_size):
-        pieces = list(
-            run_plan(
-                case.manifest,
-                seed=case.seed,
-                num_streams=case.streams,
-                world_size=world_size,
-                rank=rank,
-                batch=case.batch,
-                steps=range(total),
-            )
-        )
+        pieces = run_pieces(case, world_size, rank, range(total))
         low, high = orders.rank_slots(case.batch, world_size, rank)
         per_epoch = Counter(
             {epoch: min(case.steps, total - epoch * case.steps) for epoch in range(-(-total // case.steps))}

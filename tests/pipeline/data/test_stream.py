@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.data import pacing
 from pipeline.data.augment import AUGMENTATIONS
 from pipeline.data.images import decode_rgb
-from pipeline.data.order import run_plan, stream_slots
+from pipeline.data.order import stream_slots
 from pipeline.data.shards import ShardError
 from pipeline.data.stream import (
     BatchAssembler,
@@ -45,16 +45,7 @@ def stream_plan(manifest, *, total_steps: int = 2 * STEPS_PER_EPOCH, augmentatio
 
 def tables(plan: StreamPlan, world_size: int, rank: int, start: int = 0) -> list[pa.Table]:
     """What Ray's read tasks of one rank give, in order."""
-    pieces = run_plan(
-        plan.manifest,
-        seed=plan.seed,
-        num_streams=plan.config.num_streams,
-        world_size=world_size,
-        rank=rank,
-        batch=plan.batch,
-        steps=range(start, plan.total_steps),
-    )
-    return [table for piece in pieces for table in _PieceReader(plan, piece)()]
+    return [table for piece in plan.pieces(world_size, rank, start) for table in _PieceReader(plan, piece)()]
 
 
 def assembler(blocks, world_size: int = 1, rank: int = 0) -> BatchAssembler:

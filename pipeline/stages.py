@@ -239,7 +239,7 @@ def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, nee
     name, store = config.tracking.model_name, place.tracking_uri
     candidate = Candidate(
         model_uri=needed["train"].model_uri,
-        embedding_dim=config.model.embedding_dim,
+        embedding_dim=config.model.output_dim,
         run_id=place.mlflow_run_id,
         run_name=config.run_name,
         report=needed["evaluate"],

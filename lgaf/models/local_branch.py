@@ -1,38 +1,52 @@
 """MHMS: multi-head multi-scale local features (paper section 3.3, eq. 11-14).
 
-What the text leaves open: reduction ratios are 16 and branches are C / 4 wide, as in LS-CNN, where LANet comes from;
-kernels of 5 are two of 3; each head keeps its spatial detail up to its projection.
+What the text leaves open is a setting (docs/fidelity.md). By default reduction ratios are 16 and branches C / 4 wide,
+as in LS-CNN, where LANet comes from; a kernel of 5 is two of 3; each head keeps its spatial detail up to its
+projection.
 """
 
-# Shape legend: B = batch on this rank, C = channels, H, W = map sides, D = embedding, b = heads
+# Shape legend: B = batch on this rank, C = channels, H, W = map sides, D = embedding, b = heads, k = scales
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lgaf.models.backbones import MAP_SIDE
+from lgaf.models.feature_norm import feature_norm
 
-REDUCTION = 16
+REDUCTION: Final = 16
+
+LANetPooling = Literal["none", "channel", "spatial"]
+ScaleForm = Literal["stacked", "direct"]
+Projection = Literal["flatten", "gap"]
 
 
 class LANet(nn.Module):
     """Local spatial attention P of eq. 11: two 1x1 convolutions give one weight per position.
 
-    No spatial pooling: with the GAP as printed the map would be one number per image, against the paper's own prose
-    and against LS-CNN, where LANet comes from.
+    Args:
+        channels: Of the map.
+        pooling: How to read the GAP of eq. 11. "none": no pooling, as in LS-CNN, where LANet comes from, and as the
+            paper's prose has it. "channel": the mean over channels, which stays a map. "spatial": as printed, which
+            gives one number per image.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pooling: LANetPooling = "none") -> None:
         super().__init__()
-        hidden = max(1, channels // REDUCTION)
-        self.attention = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid())
+        self.pooled_dims = {"none": (), "channel": (1,), "spatial": (2, 3)}[pooling]
+        in_channels = 1 if pooling == "channel" else channels
+        hidden = max(1, in_channels // REDUCTION)
+        self.attention = nn.Sequential(
+            nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1), nn.Sigmoid()
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Weight [B, C, H, W] by its spatial attention [B, 1, H, W]."""
-        attention_B1HW: Tensor = self.attention(x_BCHW)
+        """Weight [B, C, H, W] by its spatial attention [B, 1, H, W] (or [B, 1, 1, 1])."""
+        pooled = x_BCHW.mean(dim=self.pooled_dims, keepdim=True) if self.pooled_dims else x_BCHW
+        attention_B1HW: Tensor = self.attention(pooled)
         return x_BCHW * attention_B1HW
 
 
@@ -56,8 +70,20 @@ def _conv_bn_relu(in_channels: int, channels: int, kernel: int) -> list[nn.Modul
     return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
 
 
-def scale_convolution(in_channels: int, channels: int, equivalent_kernel: int) -> nn.Sequential:
-    """Phi_j of eq. 12: a 1x1 convolution, then as many 3x3 ones as give the equivalent kernel j (1, 3, 5, ...)."""
+def scale_convolution(
+    in_channels: int, channels: int, equivalent_kernel: int, form: ScaleForm = "stacked"
+) -> nn.Sequential:
+    """Phi_j of eq. 12, of equivalent kernel j (1, 3, 5, ...).
+
+    Args:
+        in_channels: Of C(x).
+        channels: Of the result.
+        equivalent_kernel: j, odd.
+        form: "stacked": a 1x1 convolution, then as many 3x3 ones as give j, as LS-CNN builds its scales. "direct":
+            one j x j convolution.
+    """
+    if form == "direct":
+        return nn.Sequential(*_conv_bn_relu(in_channels, channels, equivalent_kernel))
     layers = _conv_bn_relu(in_channels, channels, 1)
     for _ in range((equivalent_kernel - 1) // 2):
         layers += _conv_bn_relu(channels, channels, 3)
@@ -67,40 +93,84 @@ def scale_convolution(in_channels: int, channels: int, equivalent_kernel: int) -
 class MSNet(nn.Module):
     """One head: convolutions of several scales, LANet on each, SE on all, projection F (eq. 11-13)."""
 
-    def __init__(self, in_channels: int, out_features: int, scales: Sequence[int], width: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        map_side: int,
+        out_features: int,
+        scales: Sequence[int],
+        width: int,
+        *,
+        scale_form: ScaleForm = "stacked",
+        lanet_pooling: LANetPooling = "none",
+        projection: Projection = "flatten",
+    ) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(scale_convolution(in_channels, width, scale) for scale in scales)
-        self.attentions = nn.ModuleList(LANet(width) for _ in scales)
+        self.scales = nn.ModuleList(scale_convolution(in_channels, width, scale, scale_form) for scale in scales)
+        self.attentions = nn.ModuleList(LANet(width, lanet_pooling) for _ in scales)
         channels = width * len(scales)
         self.excitation = SqueezeExcitation(channels)
-        self.project = nn.Linear(channels * MAP_SIDE * MAP_SIDE, out_features)
+        self.averages = projection == "gap"
+        self.project = nn.Linear(channels * (1 if self.averages else map_side**2), out_features)
         nn.init.kaiming_normal_(self.project.weight, mode="fan_out")
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, map_BCHW: Tensor) -> Tensor:
-        """L^k of eq. 13: map [B, C, 7, 7] to [B, D / b]."""
+    def attended_map(self, map_BCHW: Tensor) -> Tensor:
+        """S(Omega(l^1, ..., l^j)) of eq. 13: C(x) to the head's map [B, k * width, H, W] before its projection."""
         locals_ = [attend(scale(map_BCHW)) for scale, attend in zip(self.scales, self.attentions, strict=True)]
-        feature: Tensor = self.project(self.excitation(torch.cat(locals_, dim=1)).flatten(1))
+        excited: Tensor = self.excitation(torch.cat(locals_, dim=1))
+        return excited
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """L^k of eq. 13: map [B, C, H, W] to [B, D / b]."""
+        attended = self.attended_map(map_BCHW)
+        feature: Tensor = self.project(attended.mean(dim=(2, 3)) if self.averages else attended.flatten(1))
         return feature
 
 
 class MultiHeadMultiScale(nn.Module):
-    """MHMS: b heads side by side, concatenated (eq. 14), then BN without affine as in the global branch."""
+    """MHMS: b heads side by side, concatenated (eq. 14), then BN as in the global branch."""
 
     def __init__(
-        self, in_channels: int, embedding_dim: int, num_heads: int, scales: Sequence[int], dropout: float
+        self,
+        in_channels: int,
+        map_side: int,
+        embedding_dim: int,
+        num_heads: int,
+        scales: Sequence[int],
+        dropout: float,
+        *,
+        width: int | None = None,
+        learned_shift: bool = False,
+        scale_form: ScaleForm = "stacked",
+        lanet_pooling: LANetPooling = "none",
+        projection: Projection = "flatten",
     ) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(in_channels)
         self.dropout = nn.Dropout(dropout)
-        width = max(1, in_channels // 4)
         self.heads = nn.ModuleList(
-            MSNet(in_channels, embedding_dim // num_heads, scales, width) for _ in range(num_heads)
+            MSNet(
+                in_channels,
+                map_side,
+                embedding_dim // num_heads,
+                scales,
+                width or max(1, in_channels // 4),
+                scale_form=scale_form,
+                lanet_pooling=lanet_pooling,
+                projection=projection,
+            )
+            for _ in range(num_heads)
         )
-        self.features = nn.BatchNorm1d(embedding_dim, affine=False)
+        self.features = feature_norm(embedding_dim, learned_shift)
+
+    def attended_maps(self, map_BCHW: Tensor) -> list[Tensor]:
+        """The map [B, k * width, H, W] of each head before its projection."""
+        x = self.dropout(self.bn(map_BCHW))
+        return [head.attended_map(x) for head in self.heads]  # type: ignore[operator]  # ModuleList yields Modules
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """Map [B, C, 7, 7] to the un-normalised local feature [B, D]."""
+        """Map [B, C, H, W] to the un-normalised local feature [B, D]."""
         x = self.dropout(self.bn(map_BCHW))
         feature_BD: Tensor = self.features(torch.cat([head(x) for head in self.heads], dim=1))
         return feature_BD

@@ -137,7 +137,7 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     model = config.model.build().to(device)
     head = ShardedMarginHead(
         spec.plan.manifest.num_classes,
-        config.model.embedding_dim,
+        config.model.output_dim,
         create_margin(config.head.name, margin=config.head.margin, scale=config.head.scale),
         group=group,
         seed=config.seed,

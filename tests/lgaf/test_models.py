@@ -167,7 +167,7 @@ def test_scales_have_their_equivalent_kernels(kernel, num_convolutions):
 
 
 def test_heads_share_the_embedding():
-    branch = MultiHeadMultiScale(16, 32, 4, (1, 3), 0.0)
+    branch = MultiHeadMultiScale(16, 7, 32, 4, (1, 3), 0.0)
     assert [head.project.out_features for head in branch.heads] == [8, 8, 8, 8]
 
 

@@ -246,7 +246,7 @@ def test_bfloat16_network_float32_head_and_loss():
     seen = {}
     step.model.register_forward_hook(lambda _m, _i, output: seen.update(network=output.embedding_BD.dtype))
     step.head.register_forward_pre_hook(lambda _m, inputs: seen.update(head=inputs[0].dtype))
-    step.model.backbone.layer1.register_forward_hook(lambda _m, _i, output: seen.update(layer=output.dtype))
+    step.model.backbone.layer1[0].register_forward_hook(lambda _m, _i, output: seen.update(layer=output.dtype))
     for number in range(3):
         result = step(*_rank_rows(None, number))
         assert result.loss.dtype == torch.float32

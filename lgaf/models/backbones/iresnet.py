@@ -1,7 +1,6 @@
-"""Backbones that turn a face crop into the feature map C(x).
+"""IResNet in the insightface form: the improved residual network of ArcFace (Deng et al. 2019), 112x112 in, 7x7 out.
 
-The body of the improved residual network of ArcFace (insightface `iresnet`): 112x112 in, 7x7 out. The map is what the
-paper calls C(x); the projection to an embedding belongs to the branches (`global_branch`, `local_branch`).
+Parameter names are those of insightface's `iresnet`, so that its released weights load (`lgaf.models.released`).
 """
 
 # Shape legend: B = batch on this rank, C = channels, H, W = height and width of the map
@@ -9,14 +8,10 @@ paper calls C(x); the projection to an embedding belongs to the branches (`globa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from torch import Tensor, nn
 
-from lgaf.config import require_choice
-
-IMAGE_SIDE: Final = 112
-MAP_SIDE: Final = 7
+from lgaf.models.backbones.base import Backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,19 +22,9 @@ class IResNetSpec:
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
     stem_stride: int = 1
 
-
-# name -> size. In `tiny` and `micro`, for CPUs, the stem halves the image: all stages run on a quarter of the pixels.
-BACKBONES: Final[dict[str, IResNetSpec]] = {
-    "iresnet18": IResNetSpec(blocks=(2, 2, 2, 2)),
-    "iresnet34": IResNetSpec(blocks=(3, 4, 6, 3)),
-    "iresnet50": IResNetSpec(blocks=(3, 4, 14, 3)),
-    "iresnet100": IResNetSpec(blocks=(3, 13, 30, 3)),
-    "iresnet200": IResNetSpec(blocks=(6, 26, 60, 6)),
-    "tiny": IResNetSpec(blocks=(1, 1, 1, 1), channels=(12, 24, 48, 96), stem_stride=2),
-    # Not narrower: torch 2.13 corrupts memory in the float32 backward of a 1x1, stride-2, channels-last convolution
-    # of, say, 4 to 8 channels at 56x56 (oneDNN, AVX-512); 12 to 24 and 16 to 16 are sound.
-    "micro": IResNetSpec(blocks=(1, 1, 1, 1), channels=(16, 16, 16, 16), stem_stride=2),
-}
+    def build(self) -> IResNet:
+        """Make it with fresh weights."""
+        return IResNet(self)
 
 
 class IBasicBlock(nn.Module):
@@ -66,8 +51,8 @@ class IBasicBlock(nn.Module):
         return out + shortcut
 
 
-class IResNet(nn.Module):
-    """Stem and four stages; parameter names are those of insightface's `iresnet`."""
+class IResNet(Backbone):
+    """Stem and four stages."""
 
     def __init__(self, spec: IResNetSpec) -> None:
         super().__init__()
@@ -87,22 +72,14 @@ class IResNet(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """C(x): images [B, 3, 112, 112] in [-1, 1] to the map [B, C, 7, 7] (after `layer4`, before any BN)."""
-        x = self.prelu(self.bn1(self.conv1(images_BCHW)))
-        out: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return out
+        x: Tensor = self.prelu(self.bn1(self.conv1(images_BCHW)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = self.run(block, x)
+        return x
 
 
 def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
     blocks = [IBasicBlock(in_channels, channels, stride)]
     blocks += [IBasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)
-
-
-def create_backbone(name: str) -> IResNet:
-    """Build a backbone of `BACKBONES` by name.
-
-    Raises:
-        ValueError: The name is unknown; the message gives the nearest and all valid ones.
-    """
-    require_choice("backbone", name, BACKBONES)
-    return IResNet(BACKBONES[name])

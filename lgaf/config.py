@@ -73,9 +73,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Annotated:
         return _coerce(typing.get_args(hint)[0], value, where)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(next(arm for arm in typing.get_args(hint) if arm is not type(None)), value, where)
+        return _coerce_union([arm for arm in typing.get_args(hint) if arm is not type(None)], value, where)
+    if origin is dict:
+        return _coerce_dict(typing.get_args(hint)[1], value, where)
     if origin is typing.Literal:
         require_choice(where, value, typing.get_args(hint))
         return value
@@ -92,6 +92,23 @@ def _coerce_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}={value!r} must be a list")
     return tuple(_coerce(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+
+
+def _coerce_union(arms: list[Any], value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    for arm in arms[:-1]:
+        try:
+            return _coerce(arm, value, where)
+        except ValueError:
+            continue
+    return _coerce(arms[-1], value, where)
+
+
+def _coerce_dict(item: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}={value!r} must be a mapping")
+    return {str(key): _coerce(item, entry, f"{where}.{key}") for key, entry in value.items()}
 
 
 def _coerce_plain(hint: Any, value: Any, where: str) -> Any:

@@ -107,3 +107,45 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
+
+
+def gather_for_all(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Stack the equally shaped tensors of all ranks to [W, ...], for ranks that all go on to the same scalar.
+
+    One all-gather forward, none backward: each rank's scalar is the whole loss, so the gradient of this rank's part is
+    complete as it is.
+    """
+    if world_size(group) == 1:
+        return value.unsqueeze(0)
+    gathered: Tensor = _GatherForAll.apply(value, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _GatherForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.rank = rank_in(group)
+        return all_gather_stack(value, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][ctx.rank], None
+
+
+def sum_gradient(parameter: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Give ``parameter``, equal on all ranks, itself; its gradient is summed over them (one all-reduce backward)."""
+    if world_size(group) == 1:
+        return parameter
+    shared: Tensor = _SumGradient.apply(parameter, group)  # type: ignore[no-untyped-call]
+    return shared
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grads[0], ctx.group), None

@@ -27,9 +27,14 @@ def training_state(step: TrainStep) -> dict[str, Any]:
             for name, parameter in step.model.named_parameters()
             for key, value in step.optimizer.state[parameter].items()
         },
-        "head": {"weight": _over_classes(step, head.weight.detach())},
+        "head": {
+            "weight": _over_classes(step, head.weight.detach()),
+            **{name: value for name, value in head.state_dict().items() if name != "weight"},
+        },
         "head_optimizer": {
-            f"weight.{key}": _over_classes(step, value) for key, value in step.optimizer.state[head.weight].items()
+            f"{name}.{key}": _over_classes(step, value) if parameter is head.weight else value
+            for name, parameter in head.named_parameters()
+            for key, value in step.optimizer.state[parameter].items()
         },
     }
 

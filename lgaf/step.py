@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lgaf.distributed import rank_in, scale_gradient, world_size
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.models import LGAF
+from lgaf.models import FaceNetwork
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from lgaf.seeding import mixed_seed
@@ -25,7 +25,7 @@ DROPOUT_SEED: Final = 2
 
 
 class StepResult(NamedTuple):
-    """Loss of the global batch (scalar tensor, detached) and the learning rate that was used."""
+    """The head's loss of the global batch (scalar tensor, detached) and the learning rate that was used."""
 
     loss: Tensor
     learning_rate: float
@@ -55,7 +55,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: LGAF,
+        model: FaceNetwork,
         head: ShardedMarginHead,
         optimizer: SGDConfig,
         schedule: StepSchedule,
@@ -102,9 +102,12 @@ class TrainStep:
             output = self._network(images_BCHW)
         # DDP averages the ranks' gradients; the head's are already those of the global mean.
         embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
-        loss: Tensor = self.head(embedding_BD, labels_B.to(self.device, non_blocking=True))
+        labels_B = labels_B.to(self.device, non_blocking=True)
+        loss: Tensor = self.head(embedding_BD, labels_B, weights_B=output.sample_weight_B)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        # A network's own loss is a mean over this rank's rows; DDP makes that the mean over the ranks.
+        total = loss if output.auxiliary_loss is None else loss + output.auxiliary_loss
+        total.backward()
         self.optimizer.step()
         self.num_steps_done += 1
         return StepResult(loss.detach(), learning_rate)

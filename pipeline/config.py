@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import tyro
 
 from lgaf.config import require_choice, require_in_range, require_positive
-from lgaf.heads.margins import MARGINS, create_margin
+from lgaf.heads.margins import MARGINS, Margin, create_margin
+from lgaf.heads.screening import SampleScreening
 from lgaf.models import LGAFConfig
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
@@ -19,7 +21,7 @@ from pipeline.data.sources import SYNTHETIC, SyntheticConfig
 from pipeline.data.stream import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 
-MarginName = Literal["arcface", "cosface"]
+MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]
 
 # Fields that may differ when a run is resumed: none of them changes what is trained.
 RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
@@ -49,16 +51,30 @@ class HeadConfig:
     """The margin of the class-sharded head."""
 
     name: MarginName = "arcface"
-    """Margin: arcface or cosface."""
-    margin: float = 0.4
-    """m, in radians for arcface; 0.4 in the paper."""
-    scale: float = 64.0
-    """s; 64 in the paper."""
+    """Margin."""
+    margin: float | None = None
+    """m, an angle in radians or a cosine, as the margin has it; None: its paper's default (LGAF's paper has 0.4)."""
+    scale: float | None = None
+    """s; None: its paper's default (LGAF's paper has 64)."""
+    options: dict[str, bool | float | str] = field(default_factory=dict)
+    """Other fields of the margin, by name: --head.options h 0.333 t_alpha 0.01, --head.options gradient
+    straight_through."""
 
     def __post_init__(self) -> None:
         """Check the fields by making the margin."""
         require_choice("head.name", self.name, MARGINS)
-        create_margin(self.name, margin=self.margin, scale=self.scale)
+        self.create()
+
+    def create(self) -> Margin:
+        """Make the margin."""
+        own = [field.name for field in dataclasses.fields(MARGINS[self.name])]  # type: ignore[arg-type]
+        if self.margin is not None and "margin" not in own:
+            raise ValueError(
+                f"head.margin={self.margin!r}: {self.name} has no such field; set --head.margin None and, in "
+                f"--head.options, any of: {', '.join(own)}"
+            )
+        given = {"margin": self.margin, "scale": self.scale}
+        return create_margin(self.name, **{k: v for k, v in given.items() if v is not None} | self.options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +143,7 @@ class TrainConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     model: LGAFConfig = field(default_factory=LGAFConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    screening: SampleScreening = field(default_factory=lambda: SampleScreening(strength=0.0))
     optimizer: SGDConfig = field(default_factory=SGDConfig)
     schedule: StepSchedule = field(default_factory=StepSchedule)
     workers: WorkersConfig = field(default_factory=WorkersConfig)

@@ -42,7 +42,7 @@ def webface4m() -> TrainConfig:
         batch_size=512,
         precision="bfloat16",
         model=LGAFConfig(),
-        head=HeadConfig(),
+        head=HeadConfig(name="arcface", margin=0.4, scale=64.0),
         optimizer=SGDConfig(),
         stream=StreamConfig(num_streams=64),
         workers=WorkersConfig(use_gpu=True, cpus_per_worker=1.0, checkpoint_every_steps=2000),

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from lgaf.distributed import all_gather_stack, rank_in, world_size
-from lgaf.heads.margins import create_margin
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.step import TrainStep
 from pipeline import storage
@@ -138,9 +137,10 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     head = ShardedMarginHead(
         spec.plan.manifest.num_classes,
         config.model.output_dim,
-        create_margin(config.head.name, margin=config.head.margin, scale=config.head.scale),
+        config.head.create(),
         group=group,
         seed=config.seed,
+        screening=config.screening if config.screening.strength > 0 else None,
     ).to(device)
     return TrainStep(
         model,

@@ -20,8 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lgaf.distributed import rank_in, world_size
 from lgaf.heads.margins import create_margin
+from lgaf.heads.screening import SampleScreening
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.models import LGAF, LGAFConfig
+from lgaf.models import LGAF, FaceNetwork, LGAFConfig
+from lgaf.models.network import global_embedding
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from lgaf.state import training_state
@@ -311,3 +313,64 @@ def test_state_tensors_are_views_of_the_live_ones():
         value.detach().fill_(2)
     assert all((p == 2).all() for p in [*step.model.parameters(), *step.model.buffers(), step.head.weight])
     assert all((s["momentum_buffer"] == 2).all() for s in step.optimizer.state.values())
+
+
+class _WithOwnLoss(FaceNetwork):
+    """A linear network that weighs its samples and has a loss of its own."""
+
+    def __init__(self, weighs: bool, has_loss: bool) -> None:
+        super().__init__()
+        self.project = nn.Linear(3 * 4 * 4, 8)
+        self.weighs, self.has_loss = weighs, has_loss
+
+    def forward(self, images_BCHW):
+        pooled = nn.functional.adaptive_avg_pool2d(images_BCHW, 4).flatten(1)
+        embedding = self.project(pooled)
+        weights = 2.0 + pooled[:, 0].detach() if self.weighs else None
+        return global_embedding(embedding, weights, self.project.weight.square().sum() if self.has_loss else None)
+
+
+def _own_loss_step(group, **switches) -> TrainStep:
+    torch.manual_seed(0)
+    head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("cosface", scale=8.0), group=group)
+    return TrainStep(_WithOwnLoss(**switches), head, RECIPE, StepSchedule(), NUM_STEPS, group=group)
+
+
+def test_a_networks_own_loss_and_sample_weights_are_trained_on():
+    images, labels = _batch(0)
+    plain, weighing, losing = (
+        _own_loss_step(None, weighs=weighs, has_loss=has_loss)
+        for weighs, has_loss in ((False, False), (True, False), (False, True))
+    )
+    before = plain.model.project.weight.detach().clone()
+    results = [step(images, labels).loss for step in (plain, weighing, losing)]
+    assert results[1] > results[0], "weights above 1 raise the loss"
+    assert results[2] == results[0], "the head's loss is what is reported"
+    # d |W|^2 / dW = 2 W, beside the head's gradient.
+    torch.testing.assert_close(losing.model.project.weight.grad, plain.model.project.weight.grad + 2 * before)
+
+
+def _check_own_loss(group) -> None:
+    alone, together = (_own_loss_step(g, weighs=True, has_loss=True) for g in (None, group))
+    loss_alone, loss_together = alone(*_batch(0)).loss, together(*_share(group, 0)).loss
+    torch.testing.assert_close(loss_together, loss_alone, rtol=1e-6, atol=0)
+    for mine, theirs in zip(together.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_own_loss_and_weights_over_ranks_equal_one_process(world):
+    run_distributed(world, _check_own_loss)
+
+
+@pytest.mark.parametrize("margin", ["adaface", "uniface"])
+def test_the_state_holds_what_the_margin_keeps(margin):
+    torch.manual_seed(0)
+    head = ShardedMarginHead(NUM_CLASSES, 8, create_margin(margin), screening=SampleScreening())
+    model = LGAFConfig(backbone="micro", embedding_dim=8, num_heads=2).build()
+    state = training_state(TrainStep(model, head, RECIPE, StepSchedule(), NUM_STEPS))
+    kept = {"adaface": {"norm_mean", "norm_std"}, "uniface": {"bias"}}[margin]
+    assert {f"margin_state.{name}" for name in kept} <= state["head"].keys()
+    assert "screening_state.histogram" in state["head"]
+    learned = {"margin_state.bias.momentum_buffer"} if margin == "uniface" else set()
+    assert state["head_optimizer"].keys() == {"weight.momentum_buffer", *learned}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgaf.config import from_dict
+from lgaf.heads.margins import create_margin
+from lgaf.heads.screening import SampleScreening
 from lgaf.models import LGAFConfig
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
@@ -103,6 +106,10 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: HeadConfig(name="arcfase"), r"head\.name='arcfase'.*did you mean 'arcface'"),
         (lambda: HeadConfig(scale=0.0), r"head\.scale=0\.0"),
         (lambda: HeadConfig(margin=-0.1), r"head\.margin=-0\.1"),
+        (lambda: HeadConfig(name="magface", margin=0.5), r"head\.margin=0\.5: magface has no.*margin None.*l_margin"),
+        (lambda: HeadConfig(name="adaface", options={"hh": 0.3}), r"head: the key='hh'.*did you mean 'h'"),
+        (lambda: HeadConfig(name="adaface", options={"h": "big"}), r"head\.h='big' must be of type float"),
+        (lambda: SampleScreening(strength=2.0), r"screening\.strength=2\.0"),
         (lambda: StreamConfig(num_streams=0), r"stream\.num_streams=0"),
         (lambda: StreamConfig(augmentation="adafase"), r"stream\.augmentation='adafase'.*adaface"),
         (lambda: PackConfig(samples_per_shard=0), r"pack\.samples_per_shard=0"),
@@ -113,6 +120,18 @@ def _demo(**changes: object) -> TrainConfig:
 def test_bad_values_are_named(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_a_margins_own_fields_are_options():
+    head = HeadConfig(name="magface", scale=32.0, options={"l_a": 5, "easy_margin": False})
+    margin = head.create()
+    assert (margin.scale, margin.l_a, margin.easy_margin, margin.u_a) == (32.0, 5.0, False, 110.0)
+    assert HeadConfig(name="arcface").create() == create_margin("arcface")
+    assert from_dict(HeadConfig, json.loads(json.dumps(asdict(head))), "head") == head
+
+
+def test_nothing_is_screened_by_default():
+    assert presets.demo().screening.strength == presets.webface4m().screening.strength == 0.0
 
 
 @pytest.mark.parametrize(

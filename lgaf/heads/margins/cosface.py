@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lgaf.config import require_in_range, require_positive
+from lgaf.heads.margins.base import EMPTY_STATE, Margin, State
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CosFace:
-    """s * (cos(theta) - m); LGAF trains with m = 0.4, s = 64 (paper 4.1.3)."""
+class CosFace(Margin):
+    """s * (cos(theta) - m).
+
+    Attributes:
+        margin: m, a cosine.
+        scale: s.
+    """
 
     margin: float = 0.4
     scale: float = 64.0
@@ -21,6 +27,6 @@ class CosFace:
         require_positive("head.scale", self.scale)
         require_in_range("head.margin", self.margin, 0.0, 2.0)
 
-    def target_logit(self, cosine_N: Tensor, norm_N: Tensor | None) -> Tensor:
+    def target_logit(self, cosine_N: Tensor, norm_N: Tensor | None = None, state: State = EMPTY_STATE) -> Tensor:
         """Logits [N] of the own classes from their cosines [N]."""
         return self.scale * (cosine_N - self.margin)

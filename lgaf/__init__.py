@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lgaf.evaluation.verification import VerificationResult, verification_accuracy
     from lgaf.heads.margins import MARGINS, Margin, create_margin
+    from lgaf.heads.screening import SampleScreening
     from lgaf.heads.sharded import ShardedMarginHead
-    from lgaf.models import BACKBONES, LGAF, FaceEmbedding, LGAFConfig, create_backbone
+    from lgaf.models import BACKBONES, LGAF, NETWORKS, FaceEmbedding, LGAFConfig, create_backbone
 
 __all__ = [
     "BACKBONES",
     "LGAF",
     "MARGINS",
+    "NETWORKS",
     "FaceEmbedding",
     "LGAFConfig",
     "Margin",
+    "SampleScreening",
     "ShardedMarginHead",
     "VerificationResult",
     "create_backbone",
@@ -32,8 +35,9 @@ __all__ = [
 _HOMES = {
     "lgaf.evaluation.verification": ("VerificationResult", "verification_accuracy"),
     "lgaf.heads.margins": ("MARGINS", "Margin", "create_margin"),
+    "lgaf.heads.screening": ("SampleScreening",),
     "lgaf.heads.sharded": ("ShardedMarginHead",),
-    "lgaf.models": ("BACKBONES", "LGAF", "FaceEmbedding", "LGAFConfig", "create_backbone"),
+    "lgaf.models": ("BACKBONES", "LGAF", "NETWORKS", "FaceEmbedding", "LGAFConfig", "create_backbone"),
 }
 
 

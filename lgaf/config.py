@@ -97,12 +97,14 @@ def _coerce_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
 def _coerce_union(arms: list[Any], value: Any, where: str) -> Any:
     if value is None:
         return None
-    for arm in arms[:-1]:
+    first_error: ValueError | None = None
+    for arm in arms:
         try:
             return _coerce(arm, value, where)
-        except ValueError:
-            continue
-    return _coerce(arms[-1], value, where)
+        except ValueError as error:
+            first_error = first_error or error
+    assert first_error is not None  # a union has arms
+    raise first_error
 
 
 def _coerce_dict(item: Any, value: Any, where: str) -> dict[str, Any]:

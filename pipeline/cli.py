@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import tyro
 from rich.console import Console
 
+from lgaf.models import NETWORKS
 from pipeline import storage
 from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.console import JobDisplay, closing_table, packed_table
@@ -52,10 +54,20 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
     """Entry point of the training jobs: a preset with what the command line changes in it."""
 
     def job() -> None:
-        config = tyro.cli(TrainConfig, default=preset, args=arguments, description=f"Train: preset {preset.preset}.")
+        default = _with_network(preset, sys.argv[1:] if arguments is None else arguments)
+        config = tyro.cli(TrainConfig, default=default, args=arguments, description=f"Train: preset {preset.preset}.")
         run_training(_with_place(config))
 
     return run_job(job)
+
+
+def _with_network(preset: TrainConfig, arguments: list[str]) -> TrainConfig:
+    """The preset with the network that the command line names: its settings are what ``--model.*`` then means."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = flag.removeprefix("--network=") if flag.startswith("--network=") else value
+        if flag.split("=")[0] == "--network" and name in NETWORKS and name != preset.network:
+            return replace(preset, network=cast("Any", name), model=cast("Any", NETWORKS[name]()))
+    return preset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ import tyro
 from lgaf.config import require_choice, require_in_range, require_positive
 from lgaf.heads.margins import MARGINS, Margin, create_margin
 from lgaf.heads.screening import SampleScreening
-from lgaf.models import LGAFConfig
+from lgaf.models import NETWORKS, LGAFConfig
+from lgaf.models.peers import CQAFaceConfig, HPDAConfig, LSCNNConfig, TransFaceConfig, URLConfig
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from lgaf.step import Precision
@@ -22,6 +23,9 @@ from pipeline.data.stream import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 
 MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]
+
+NetworkName = Literal["lgaf", "ls_cnn", "hpda", "cqa_face", "transface", "url"]
+NetworkSettings = LGAFConfig | LSCNNConfig | HPDAConfig | CQAFaceConfig | TransFaceConfig | URLConfig
 
 # Fields that may differ when a run is resumed: none of them changes what is trained.
 RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
@@ -141,7 +145,10 @@ class TrainConfig:
     """Of the network's forward pass."""
     pack: PackConfig = field(default_factory=PackConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
-    model: LGAFConfig = field(default_factory=LGAFConfig)
+    network: NetworkName = "lgaf"
+    """Network: LGAF, or one that the paper compares with (whose own settings then are those of --model, at its paper's
+    size)."""
+    model: tyro.conf.AvoidSubcommands[NetworkSettings] = field(default_factory=LGAFConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     screening: SampleScreening = field(default_factory=lambda: SampleScreening(strength=0.0))
     optimizer: SGDConfig = field(default_factory=SGDConfig)
@@ -154,6 +161,9 @@ class TrainConfig:
         """Check what no single part can; ``ValueError`` names the field, its value and what is valid."""
         for name in ("num_workers", "epochs", "batch_size"):
             require_positive(name, getattr(self, name))
+        require_choice("network", self.network, NETWORKS)
+        if type(self.model) is not NETWORKS[self.network]:
+            raise ValueError(f"network={self.network!r} goes with a {NETWORKS[self.network].__name__} as model")
         require_in_range("seed", self.seed, 0, 2**32 - 1)
         check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
         if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):

@@ -9,31 +9,32 @@ from typing import Any, Final
 import safetensors.torch
 from torch import Tensor
 
-from lgaf.config import from_dict
-from lgaf.models import LGAF, LGAFConfig
+from lgaf.config import from_dict, require_choice
+from lgaf.models import NETWORKS, FaceNetwork, NetworkConfig
 from pipeline import storage
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
 
 
-def save_model(uri: str, config: LGAFConfig, state: dict[str, Tensor]) -> str:
+def save_model(uri: str, config: NetworkConfig, state: dict[str, Tensor]) -> str:
     """Write a model and give its fingerprint (sha256 of the weights); the config, which holds it, is written last.
 
     Args:
         uri: The folder.
-        config: What `LGAFConfig.build` needs to make the network again.
+        config: Of a network of `NETWORKS`; it makes the network again.
         state: Its ``state_dict()``.
     """
+    network = next(name for name, kind in NETWORKS.items() if type(config) is kind)
     weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     fingerprint = hashlib.sha256(weights).hexdigest()
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)
-    storage.write_json(storage.join(uri, CONFIG), {"model": asdict(config), "sha256": fingerprint})
+    storage.write_json(storage.join(uri, CONFIG), {"network": network, "model": asdict(config), "sha256": fingerprint})
     return fingerprint
 
 
 def read_model_info(uri: str) -> dict[str, Any]:
-    """The ``config.json`` of an exported model: keys ``model`` and ``sha256``.
+    """The ``config.json`` of an exported model: keys ``network``, ``model`` and ``sha256``.
 
     Raises:
         StorageError: There is none.
@@ -42,7 +43,7 @@ def read_model_info(uri: str) -> dict[str, Any]:
     return info
 
 
-def load_model(uri: str) -> LGAF:
+def load_model(uri: str) -> FaceNetwork:
     """Read an exported model, in eval mode on the CPU.
 
     Raises:
@@ -54,6 +55,8 @@ def load_model(uri: str) -> LGAF:
     found = hashlib.sha256(weights).hexdigest()
     if found != info["sha256"]:
         raise storage.StorageError(f"{storage.join(uri, WEIGHTS)}: sha256 is {found}, {CONFIG} says {info['sha256']}")
-    model = from_dict(LGAFConfig, info["model"], "model").build()
+    network = info.get("network", "lgaf")  # models of version 0.1 were all of that network
+    require_choice(f"{storage.join(uri, CONFIG)}: network", network, NETWORKS)
+    model = from_dict(NETWORKS[network], info["model"], "model").build()
     model.load_state_dict(safetensors.torch.load(weights))
     return model.eval()

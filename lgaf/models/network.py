@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -49,6 +49,8 @@ class FaceNetwork(nn.Module):
 
 class NetworkConfig(Protocol):
     """A network's settings: a frozen dataclass, checked when made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def output_dim(self) -> int:

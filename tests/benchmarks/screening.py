@@ -47,8 +47,9 @@ class Arguments:
     """The first of them."""
     epochs: int = 18
     """Passes over the pack."""
-    arms: tuple[str, ...] = ("clean", "off", "on")
-    """What to train: clean (untouched pack), off (damaged), on (damaged, with screening)."""
+    arms: tuple[str, ...] = ("clean", "off", "on", "oracle")
+    """What to train: clean (untouched pack), off (damaged), on (damaged, with screening), oracle (damaged, and who is
+    damaged is known: those samples left out, and as many steps fewer)."""
     threads: int = 2
     """Threads of torch."""
     record: str = ""
@@ -145,6 +146,8 @@ def main() -> None:
             damaged_images, damaged_labels, kinds = damage(images, labels, seed)
             for arm in arguments.arms:
                 data = (images, labels) if arm == "clean" else (damaged_images, damaged_labels)
+                if arm == "oracle":
+                    data = (damaged_images[kinds == CLEAN], damaged_labels[kinds == CLEAN])
                 # strength = 0 gives every sample full weight: no screening, but its eyes are open.
                 screening = Recorded(strength=1.0 if arm == "on" else 0.0)
                 began = time.perf_counter()
@@ -157,7 +160,7 @@ def main() -> None:
                     Path(arguments.record).mkdir(parents=True, exist_ok=True)
                     np.savez(Path(arguments.record) / f"{arm}_{seed}.npz", index=index, seen=seen, kinds=kinds)
                 row = {"arm": arm, "seed": seed, "accuracy": result.accuracy, "minutes": minutes}
-                if arm != "clean":
+                if arm in ("off", "on"):
                     last = slice(-len(labels) // 128, None)
                     kind, (cosine, _, weight) = kinds[index[last]].ravel(), (part[last].ravel() for part in seen)
                     row |= {"auc": area_under_curve(cosine, kind == CLEAN)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 import subprocess
 import sys
 
@@ -13,7 +15,14 @@ import torch.distributed as dist
 
 from lgaf import LGAFConfig, create_backbone
 from lgaf.config import from_dict
-from lgaf.models.fusion import LocalGlobalFusion
+from lgaf.models.fusion import (
+    QUALITY_MEASURES,
+    IterativeAttentionalFusion,
+    LocalGlobalFusion,
+    feature_norms,
+    gaussian_entropies,
+    shannon_entropies,
+)
 from lgaf.models.local_branch import LANet, MultiHeadMultiScale, scale_convolution
 from tests.distributed import run_distributed
 
@@ -126,7 +135,7 @@ class TestFusion:
         _, weight = LocalGlobalFusion()(local, torch.randn(4, 8))
         assert not weight.requires_grad
 
-    @pytest.mark.parametrize("world", [2, 3])
+    @pytest.mark.parametrize("world", [1, 2, 3])
     def test_any_world_size_gives_the_same_weights(self, world):
         run_distributed(world, _check_global_statistics)
 
@@ -143,6 +152,128 @@ def _check_global_statistics(group) -> None:
     _, weight = shared(local[own], global_[own])
     torch.testing.assert_close(weight, expected[own], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(shared.local_quality.std, alone.local_quality.std)
+
+
+class TestQualityMeasures:
+    FEATURES = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+
+    def test_norm(self):
+        expected = [math.sqrt(sum(v * v for v in row)) for row in self.FEATURES.tolist()]
+        torch.testing.assert_close(feature_norms(self.FEATURES).tolist(), expected)
+
+    def test_shannon_entropy_of_the_softmax(self):
+        expected = []
+        for row in self.FEATURES.tolist():
+            total = sum(math.exp(v) for v in row)
+            shares = [math.exp(v) / total for v in row]
+            expected.append(-sum(p * math.log(p) for p in shares))
+        torch.testing.assert_close(shannon_entropies(self.FEATURES).tolist(), expected)
+        torch.testing.assert_close(shannon_entropies(torch.ones(1, 16)), torch.tensor([math.log(16)]))
+
+    def test_gaussian_entropy(self):
+        expected = [
+            math.log(statistics.stdev(row)) + 0.5 + 0.5 * math.log(2 * math.pi) for row in self.FEATURES.tolist()
+        ]
+        torch.testing.assert_close(gaussian_entropies(self.FEATURES).tolist(), expected)
+        assert torch.isfinite(gaussian_entropies(torch.zeros(1, 16))).all()
+
+    @pytest.mark.parametrize("measure", QUALITY_MEASURES)
+    def test_weights_are_shares_of_the_standardised_measure(self, measure):
+        fusion = LocalGlobalFusion(measure).eval()
+        for quality in (fusion.local_quality, fusion.global_quality):
+            quality.mean.fill_(2.0), quality.std.fill_(0.5)
+        local, global_ = self.FEATURES.float(), self.FEATURES.flip(0).float() * 0.5
+        _, weight = fusion(local, global_)
+        z_local, z_global = (
+            (0.333 * (QUALITY_MEASURES[measure](feature) - 2.0) / 0.501).clamp(-1, 1) + 1
+            for feature in (local, global_)
+        )
+        torch.testing.assert_close(weight, (z_local + 1e-3) / (z_local + z_global + 2e-3))
+
+    @pytest.mark.parametrize("measure", QUALITY_MEASURES)
+    def test_gradient_through_the_weights_is_a_switch(self, measure):
+        for wanted in (True, False):
+            local = torch.randn(4, 8, requires_grad=True)
+            _, weight = LocalGlobalFusion(measure, quality_gradient=wanted)(local, torch.randn(4, 8))
+            assert weight.requires_grad == wanted
+
+
+class TestFusionModes:
+    LOCAL, GLOBAL = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)).unbind()
+
+    def test_cat_puts_the_weighted_features_side_by_side(self):
+        added, weight = LocalGlobalFusion().eval()(self.LOCAL, self.GLOBAL)
+        joined, same_weight = LocalGlobalFusion(concatenate=True).eval()(self.LOCAL, self.GLOBAL)
+        assert torch.equal(weight, same_weight)
+        torch.testing.assert_close(
+            joined, torch.cat([weight[:, None] * self.LOCAL, (1 - weight[:, None]) * self.GLOBAL], 1)
+        )
+        torch.testing.assert_close(joined[:, :8] + joined[:, 8:], added)
+        assert LGAFConfig(fusion="cat").output_dim == 1024
+        assert LGAFConfig(fusion="cat", branches=("local",)).output_dim == 512
+
+    def test_iaff_runs_two_rounds_of_their_own_attention(self):
+        fusion = IterativeAttentionalFusion(8).eval()
+        first, second = fusion.rounds
+
+        def attention(module, x):
+            return torch.sigmoid(module.local_attention(x) + module.global_attention(x))
+
+        weight = attention(first, self.LOCAL + self.GLOBAL)
+        rough = weight * self.LOCAL + (1 - weight) * self.GLOBAL
+        weight = attention(second, rough)
+        fused, share = fusion(self.LOCAL, self.GLOBAL)
+        torch.testing.assert_close(fused, weight * self.LOCAL + (1 - weight) * self.GLOBAL)
+        torch.testing.assert_close(share, weight.mean(dim=1))
+        # The second round has a global attention of its own.
+        with torch.no_grad():
+            before = fusion(self.LOCAL, self.GLOBAL)[0]
+            torch.nn.init.ones_(second.global_attention[4].bias)
+            assert not torch.allclose(before, fusion(self.LOCAL, self.GLOBAL)[0])
+        hidden = [module.out_features for module in first.local_attention if isinstance(module, torch.nn.Linear)]
+        assert hidden == [2, 8], "r = 4"
+
+    def test_iaff_learns_its_own_weights(self):
+        with pytest.raises(ValueError, match=r"model.fusion='iaff'.*model.quality='none'"):
+            LGAFConfig(fusion="iaff")
+
+    def test_unit_branches_weigh_directions_alone(self):
+        torch.manual_seed(0)
+        model = dataclasses.replace(MICRO, unit_branches=True, quality="none").build().eval()
+        with torch.no_grad():
+            out = model(torch.randn(2, 3, 112, 112))
+        assert (out.embedding_BD.norm(dim=1) <= 2 + 1e-5).all()
+        assert (out.norm_local_B - 1).abs().min() > 1e-3, "the norms told are those of the features"
+
+
+def test_feature_maps_are_those_before_the_projections():
+    torch.manual_seed(0)
+    model = MICRO.build().eval()
+    images = torch.randn(2, 3, 112, 112)
+    maps = model.feature_maps(images)
+    assert maps.global_BHW.shape == (2, 7, 7)
+    assert maps.local_BbHW.shape == (2, 4, 7, 7)
+    with torch.no_grad():
+        features = model.backbone(images)
+        head = model.local_branch.heads[2]
+        seen = []
+        head.project.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+        model.local_branch(features)
+        attended = seen[0].view(2, -1, 7, 7).abs().mean(dim=1)
+    torch.testing.assert_close(maps.local_BbHW[:, 2], attended)
+    with pytest.raises(ValueError, match=r"both branches.*'local'"):
+        dataclasses.replace(MICRO, branches=("local",)).build().feature_maps(images)
+
+
+def test_lanet_readings_of_the_pooling():
+    x = torch.rand(2, 16, 7, 7) + 0.1
+    shapes = {"none": (2, 1, 7, 7), "channel": (2, 1, 7, 7), "spatial": (2, 1, 1, 1)}
+    for pooling, shape in shapes.items():
+        seen = []
+        attention = LANet(16, pooling)
+        attention.attention.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))
+        torch.testing.assert_close(attention(x), x * seen[0])
+        assert seen[0].shape == shape
 
 
 def test_local_attention_weighs_positions_alike_over_channels():
@@ -180,6 +311,11 @@ def test_heads_share_the_embedding():
         ("branches", (), "model.branches"),
         ("quality", "entropi", "model.quality='entropi'"),
         ("dropout", 1.5, "model.dropout=1.5"),
+        ("fusion", "sum", "model.fusion='sum'.*add, cat, iaff"),
+        ("lanet_gap", "all", "model.lanet_gap='all'"),
+        ("scale_form", "flat", "model.scale_form='flat'"),
+        ("local_projection", "fc", "model.local_projection='fc'"),
+        ("global_projection", "gap", "model.global_projection='gap'"),
     ],
 )
 def test_bad_fields_are_named(field, value, text):

@@ -22,7 +22,13 @@ from lgaf.models.fusion import (
     QualityMeasure,
 )
 from lgaf.models.global_branch import GlobalDepthwiseConvolution, GlobalFeatureExtraction
-from lgaf.models.local_branch import LANetPooling, MultiHeadMultiScale, Projection, ScaleForm
+from lgaf.models.local_branch import (
+    LANetPooling,
+    MultiHeadMultiScale,
+    Projection,
+    ScaleForm,
+    head_similarity,
+)
 from lgaf.models.network import FaceEmbedding, FaceNetwork
 
 Branch = Literal["global", "local"]
@@ -74,6 +80,8 @@ class LGAFConfig:
     """Let gradients through the weights of the branches."""
     unit_branches: bool = False
     """Give both features unit length before they are weighted."""
+    diversity_weight: float = 0.0
+    """Factor of a loss on how alike the heads' maps lie in space, which drives them apart; 0, as in the paper: none."""
 
     def __post_init__(self) -> None:
         """Check every field; ``ValueError`` names the field, its value and what is valid."""
@@ -82,6 +90,7 @@ class LGAFConfig:
         require_positive("model.num_heads", self.num_heads)
         require_in_range("model.dropout", self.dropout, 0.0, 0.99)
         require_in_range("model.local_width", self.local_width, 0, 2**16)
+        require_in_range("model.diversity_weight", self.diversity_weight, 0.0, 1e6)
         require_choice("model.quality", self.quality, (*QUALITY_MEASURES, "none"))
         require_choice("model.fusion", self.fusion, ("add", "cat", "iaff"))
         require_choice("model.global_projection", self.global_projection, GLOBAL_PROJECTIONS)
@@ -96,6 +105,10 @@ class LGAFConfig:
             raise ValueError(f"model.num_heads={self.num_heads} must divide model.embedding_dim={self.embedding_dim}")
         if not self.scales or any(scale < 1 or scale % 2 == 0 for scale in self.scales):
             raise ValueError(f"model.scales={self.scales!r} must be odd kernel sizes such as (1, 3, 5)")
+        if self.diversity_weight > 0 and ("local" not in self.branches or self.num_heads < 2):
+            raise ValueError(
+                f"model.diversity_weight={self.diversity_weight} needs a local branch of two heads or more"
+            )
         if self.fusion == "iaff" and self.quality != "none":
             raise ValueError(
                 f"model.fusion='iaff' learns its own weights: set model.quality='none' (it is {self.quality!r})"
@@ -161,15 +174,22 @@ class LGAF(FaceNetwork):
     def forward(self, images_BCHW: Tensor) -> FaceEmbedding:
         """Embed RGB images [B, 3, 112, 112] in [-1, 1]."""
         map_BCHW = self.backbone(images_BCHW)
-        local_BD = self.local_branch(map_BCHW) if self.local_branch is not None else None
+        local_BD, auxiliary_loss = self._local(map_BCHW)
         global_BD = self.global_branch(map_BCHW) if self.global_branch is not None else None
         if local_BD is None or global_BD is None or self.fusion is None:
-            return self._one_branch(local_BD, global_BD)
+            return self._one_branch(local_BD, global_BD)._replace(auxiliary_loss=auxiliary_loss)
         norm_local_B, norm_global_B = local_BD.detach().float().norm(dim=1), global_BD.detach().float().norm(dim=1)
         if self.config.unit_branches:
             local_BD, global_BD = F.normalize(local_BD), F.normalize(global_BD)
         fused_BD, weight_local_B = self.fusion(local_BD, global_BD)
-        return FaceEmbedding(fused_BD, norm_local_B, norm_global_B, weight_local_B)
+        return FaceEmbedding(fused_BD, norm_local_B, norm_global_B, weight_local_B, auxiliary_loss=auxiliary_loss)
+
+    def _local(self, map_BCHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.local_branch is None:
+            return None, None
+        attended = self.local_branch.attended_maps(map_BCHW)
+        weight = self.config.diversity_weight if self.training else 0.0
+        return self.local_branch.feature(attended), weight * head_similarity(attended) if weight > 0 else None
 
     def _one_branch(self, local_BD: Tensor | None, global_BD: Tensor | None) -> FaceEmbedding:
         only_BD = local_BD if global_BD is None else global_BD

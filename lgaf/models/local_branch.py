@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lgaf.models.feature_norm import feature_norm
 
@@ -121,11 +122,14 @@ class MSNet(nn.Module):
         excited: Tensor = self.excitation(torch.cat(locals_, dim=1))
         return excited
 
+    def projection(self, attended_BCHW: Tensor) -> Tensor:
+        """F of eq. 13: the head's map to [B, D / b]."""
+        feature: Tensor = self.project(attended_BCHW.mean(dim=(2, 3)) if self.averages else attended_BCHW.flatten(1))
+        return feature
+
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """L^k of eq. 13: map [B, C, H, W] to [B, D / b]."""
-        attended = self.attended_map(map_BCHW)
-        feature: Tensor = self.project(attended.mean(dim=(2, 3)) if self.averages else attended.flatten(1))
-        return feature
+        return self.projection(self.attended_map(map_BCHW))
 
 
 class MultiHeadMultiScale(nn.Module):
@@ -169,8 +173,24 @@ class MultiHeadMultiScale(nn.Module):
         x = self.dropout(self.bn(map_BCHW))
         return [head.attended_map(x) for head in self.heads]  # type: ignore[operator]  # ModuleList yields Modules
 
+    def feature(self, attended: Sequence[Tensor]) -> Tensor:
+        """Psi of eq. 14: the heads' maps to the un-normalised local feature [B, D]."""
+        parts = [head.projection(map_) for head, map_ in zip(self.heads, attended, strict=True)]  # type: ignore[operator]
+        feature_BD: Tensor = self.features(torch.cat(parts, dim=1))
+        return feature_BD
+
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """Map [B, C, H, W] to the un-normalised local feature [B, D]."""
-        x = self.dropout(self.bn(map_BCHW))
-        feature_BD: Tensor = self.features(torch.cat([head(x) for head in self.heads], dim=1))
-        return feature_BD
+        return self.feature(self.attended_maps(map_BCHW))
+
+
+def head_similarity(attended: Sequence[Tensor]) -> Tensor:
+    """How alike the heads' maps lie in space: mean cosine over pairs of heads and images, in [0, 1].
+
+    A loss on it makes the heads look at different places, the aim of HPDA's diverse attention (Wang et al. 2020).
+    """
+    where_BbN = torch.stack([map_.float().abs().mean(dim=1).flatten(1) for map_ in attended], dim=1)
+    unit_BbN = F.normalize(where_BbN, dim=2)
+    num_heads = len(attended)
+    cosines = (unit_BbN @ unit_BbN.mT).sum(dim=(1, 2)) - unit_BbN.square().sum(dim=(1, 2))
+    return (cosines / (num_heads * (num_heads - 1))).mean()

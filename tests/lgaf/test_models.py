@@ -23,7 +23,7 @@ from lgaf.models.fusion import (
     gaussian_entropies,
     shannon_entropies,
 )
-from lgaf.models.local_branch import LANet, MultiHeadMultiScale, scale_convolution
+from lgaf.models.local_branch import LANet, MultiHeadMultiScale, head_similarity, scale_convolution
 from tests.distributed import run_distributed
 
 MICRO = LGAFConfig(backbone="micro", embedding_dim=16)
@@ -263,6 +263,28 @@ def test_feature_maps_are_those_before_the_projections():
     torch.testing.assert_close(maps.local_BbHW[:, 2], attended)
     with pytest.raises(ValueError, match=r"both branches.*'local'"):
         dataclasses.replace(MICRO, branches=("local",)).build().feature_maps(images)
+
+
+def test_head_similarity_is_the_mean_cosine_of_where_the_maps_lie():
+    here, there = torch.zeros(2, 3, 7, 7), torch.zeros(2, 3, 7, 7)
+    here[:, :, 0, 0], there[:, :, 6, 6] = 2.0, -5.0
+    assert head_similarity([here, there]).item() == 0.0
+    assert head_similarity([here, 3 * here]).item() == pytest.approx(1.0)
+    third = here + 0.4 * there  # as much of one as of the other
+    assert head_similarity([here, there, third]).item() == pytest.approx((0 + 2 * math.sqrt(0.5)) / 3, rel=1e-5)
+    mixed = [torch.rand(2, 3, 7, 7, requires_grad=True) for _ in range(3)]
+    head_similarity(mixed).backward()
+    assert all(map_.grad.abs().sum() > 0 for map_ in mixed)
+
+
+def test_diversity_is_a_loss_of_training_alone():
+    model = dataclasses.replace(MICRO, diversity_weight=2.0).build()
+    out = model(torch.randn(3, 3, 112, 112))
+    assert 0 < out.auxiliary_loss.item() <= 2
+    assert model.eval()(torch.randn(3, 3, 112, 112)).auxiliary_loss is None
+    assert MICRO.build()(torch.randn(3, 3, 112, 112)).auxiliary_loss is None
+    with pytest.raises(ValueError, match=r"model.diversity_weight=2.0 needs a local branch of two heads"):
+        dataclasses.replace(MICRO, diversity_weight=2.0, num_heads=1)
 
 
 def test_lanet_readings_of_the_pooling():

@@ -10,8 +10,9 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import tyro
 
-from lgaf.models import LGAFConfig
+from lgaf.models import NETWORKS, LGAFConfig
 from lgaf.optim import SGDConfig
 from pipeline import cli, presets, storage
 from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
@@ -57,6 +58,13 @@ def _run(preset: TrainConfig, arguments: list[str], capsys) -> tuple[int, str]:
         (["--epochs", "many"], ["--epochs", "'many'"]),
         (["--precision", "fp8"], ["--precision", "'fp8'", "'float32', 'bfloat16'"]),
         (["--head.name", "arcfase"], ["--head.name", "'arcfase'", "'arcface', 'cosface'"]),
+        (["--head.name", "magface"], ["head.margin=0.2: magface has no such field", "--head.margin None", "l_margin"]),
+        (["--head.options", "h", "0.3"], ["head: the key='h' is not valid", "margin, scale"]),
+        (["--model.fusion", "iaff"], ["model.fusion='iaff'", "model.quality='none'"]),
+        (["--network", "hpd"], ["--network", "'hpd'", "'hpda'"]),
+        (["--network", "hpda", "--model.num-heads", "4"], ["--model.num-heads"]),
+        (["--network=transface", "--model.backbone", "vitb"], ["model.backbone='vitb'", "did you mean 'vit_b'"]),
+        (["--screening.strength", "2"], ["screening.strength=2.0 must lie in [0.0, 1.0]"]),
         (["--model.dropout", "2"], ["model.dropout=2.0 must lie in [0.0, 0.99]"]),
         (["--schedule.milestones", "0.9", "0.5"], ["schedule.milestones=(0.9, 0.5)", "rising"]),
         (["--stream.augmentation", "adafase"], ["stream.augmentation='adafase'", "did you mean 'adaface'"]),
@@ -90,6 +98,23 @@ def test_the_real_job_says_what_it_requires(arguments, words, capsys, no_start, 
     for word in words:
         assert word in text
     assert not (tmp_path / "out").exists(), "nothing must be left behind"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_brings_its_own_settings(network):
+    arguments = ["--network", network, "--model.embedding-dim", "64"]
+    default = cli._with_network(presets.demo(), arguments)
+    config = tyro.cli(TrainConfig, default=default, args=arguments)
+    assert config.network == network
+    assert type(config.model) is NETWORKS[network]
+    assert config.model.embedding_dim == 64
+    assert config.head == presets.demo().head
+    assert cli._with_place(config).run_name != cli._with_place(presets.demo()).run_name
+
+
+def test_network_and_model_go_together():
+    with pytest.raises(ValueError, match=r"network='hpda' goes with a HPDAConfig"):
+        replace(presets.demo(), network="hpda")
 
 
 def _named(config: TrainConfig, **changes: object) -> str:

@@ -32,33 +32,51 @@ class Backbone(nn.Module):
     gradient_checkpointing: bool = False
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
-        """``block(x)``; with gradient checkpointing its activations are computed again in the backward pass."""
+        """``block(x)``; with gradient checkpointing its activations are computed again in the backward pass.
+
+        Gradients and running statistics are those of a run without, also under ``torch.compile`` with a backend that
+        traces the backward pass (inductor, aot_eager). Its debugging backend "eager" does not, and raises.
+        """
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             out: Tensor = block(x)
             return out
+        if torch.compiler.is_compiling():
+            # The compiler recomputes values, not side effects, and takes no context_fn that is not its own.
+            compiled: Tensor = checkpoint(block, x, use_reentrant=False)
+            return compiled
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _untracked_batch_norm(block)
+            return nullcontext(), _spare_statistics(block)
 
         again: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return again
 
 
 @contextmanager
-def _untracked_batch_norm(block: nn.Module) -> Iterator[None]:
-    """The second pass over a batch must not move the running statistics a second time."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+def _spare_statistics(block: nn.Module) -> Iterator[None]:
+    """Let batch norms move running statistics that nobody keeps.
+
+    The second pass over a batch must not move them a second time, but must save as many tensors as the first for the
+    backward pass, which a batch norm without running statistics does not.
+    """
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        # What they hold is never read: a batch norm in training uses the statistics of its batch.
+        norm._buffers.update(
+            {name: None if old is None else torch.zeros_like(old) for name, old in norm._buffers.items()}
+        )
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 class BackboneSpec(Protocol):
-    """The size of one backbone."""
+    """The size of one backbone: a value, equal to others of the same size."""
+
+    def __hash__(self) -> int: ...
 
     def build(self) -> Backbone:
         """Make it with fresh weights."""

@@ -6,6 +6,7 @@ CONSTRAINTS := infra/constraints/cpu.txt
 READY := $(VENV)/.ready
 JOB ?= jobs/train_demo.py
 ARGS ?=
+BENCH ?= pipeline
 TORCH_INDEX ?=
 
 .PHONY: train test test-all setup check bench submit lock fmt
@@ -40,7 +41,7 @@ fmt: $(READY)
 	$(VENV)/bin/ruff check --fix .
 
 bench: $(READY)
-	$(PYTHON) -m tests.benchmarks.pipeline $(ARGS)
+	$(PYTHON) -m tests.benchmarks.$(BENCH) $(ARGS)
 
 # To the cluster of RAY_ADDRESS; relative paths in ARGS are those of the job's own folder, so give absolute ones.
 submit: $(READY)

@@ -175,7 +175,7 @@ class ShardedMarginHead(nn.Module):
     def _next_margin_state(self, target_cosine_G: Tensor | None, norm_G: Tensor) -> dict[str, Tensor]:
         state = self.margin_state.values(self.group)
         if self.training:
-            moved = self.margin.next_state(state, norm_G if target_cosine_G is None else target_cosine_G, norm_G)
+            moved = self.margin.next_state(state, target_cosine_G, norm_G)
             self.margin_state.keep(moved)
             # The new tensors, not the buffers: these change with the next step, maybe before this one's backward.
             state |= moved

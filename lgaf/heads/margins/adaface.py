@@ -51,7 +51,7 @@ class AdaFace(Margin):
         return {"norm_mean": torch.tensor(INITIAL_MEAN), "norm_std": torch.tensor(INITIAL_STD)}
 
     @torch.no_grad()
-    def next_state(self, state: State, cosine_G: Tensor, norm_G: Tensor) -> dict[str, Tensor]:
+    def next_state(self, state: State, cosine_G: Tensor | None, norm_G: Tensor) -> dict[str, Tensor]:
         """Move mean and deviation (unbiased) towards the batch's; one sample alone has no deviation to move by."""
         norm_G = norm_G.clamp(LEAST_NORM, GREATEST_NORM)
         moved = {"norm_mean": state["norm_mean"].lerp(norm_G.mean(), self.t_alpha)}

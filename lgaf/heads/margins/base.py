@@ -59,12 +59,12 @@ class Margin(ABC):
         """Learned scalars by name, part of the state too; the same on all ranks."""
         return {}
 
-    def next_state(self, state: State, cosine_G: Tensor, norm_G: Tensor) -> dict[str, Tensor]:
+    def next_state(self, state: State, cosine_G: Tensor | None, norm_G: Tensor) -> dict[str, Tensor]:
         """The running statistics after seeing the global batch, without gradient.
 
         Args:
             state: The present one.
-            cosine_G: Target cosines (unspecified unless ``needs_all_targets``).
+            cosine_G: Target cosines; None unless ``needs_all_targets``.
             norm_G: Norms of the embeddings.
         """
         return {}

@@ -41,8 +41,9 @@ class CurricularFace(Margin):
         return {"t": torch.tensor(0.0)}
 
     @torch.no_grad()
-    def next_state(self, state: State, cosine_G: Tensor, norm_G: Tensor) -> dict[str, Tensor]:
+    def next_state(self, state: State, cosine_G: Tensor | None, norm_G: Tensor) -> dict[str, Tensor]:
         """Move t towards the mean target cosine of the global batch."""
+        assert cosine_G is not None
         return {"t": state["t"].lerp(cosine_G.mean(), self.alpha)}
 
     def target_logit(self, cosine_N: Tensor, norm_N: Tensor | None = None, state: State = EMPTY_STATE) -> Tensor:

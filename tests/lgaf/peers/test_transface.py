@@ -230,20 +230,6 @@ class TestNetwork:
         assert runs[0] == runs[1]
         assert np.isfinite(runs[0]).all()
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_compiles_whole(self, training):
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        model = TINY.build().train(training)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        images = _images()
-        torch.manual_seed(1)
-        expected = model(images)
-        torch.manual_seed(1)
-        out = compiled(images)
-        assert torch.equal(out.embedding_BD, expected.embedding_BD)
-        assert (out.sample_weight_B is not None) == training
-
 
 @pytest.mark.parametrize(
     ("field", "value"),

@@ -280,20 +280,6 @@ class TestNetwork:
         assert (out.auxiliary_loss.dtype, confidence.dtype) == (torch.float32, torch.float32)
         assert torch.isfinite(out.auxiliary_loss)
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_compiles_whole(self, training):
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        model = dataclasses.replace(TINY, backbone="vit_tiny").build().train(training)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        images = _images()
-        torch.manual_seed(1)
-        expected = model(images)
-        torch.manual_seed(1)
-        out = compiled(images)
-        torch.testing.assert_close(out.embedding_BD, expected.embedding_BD)
-        assert (out.auxiliary_loss is not None) == training
-
 
 @pytest.mark.parametrize(
     ("field", "value"),

@@ -12,6 +12,7 @@ _VARIANTS = [
     ("combined", {"m2": 0.3, "m3": 0.2, "scale": 16.0, "gradient": "straight_through"}),
     ("combined", {"scale": 16.0, "interclass_filtering_threshold": 0.2}),
     ("adaface", {"scale": 16.0, "t_alpha": 1.0}),
+    ("adaface", {"scale": 16.0, "h": 2.0, "t_alpha": 0.9}),
     ("magface", {"scale": 16.0, "lambda_g": 20.0, "easy_margin": False}),
     ("mv_softmax", {"t": 1.2, "variant": "arc"}),
     ("curricularface", {"scale": 16.0, "alpha": 0.5}),

@@ -35,6 +35,7 @@ def problem(seed: int = 0, rows: int = 9, num_classes: int = NUM_CLASSES, dim: i
     x = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
     x[::3] = weight[labels[::3]] + 0.3 * x[::3]
     x[1::3] = weight[(labels[1::3] + 1) % num_classes] + 0.3 * x[1::3]
+    x[-1] = -weight[labels[-1]] + 0.05 * x[-1]  # beyond pi with a margin
     norms = torch.linspace(5, 130, rows, dtype=torch.float64)
     return x / x.norm(dim=1, keepdim=True) * norms[:, None], labels, weight
 
@@ -118,6 +119,31 @@ def test_no_margin_is_plain_scaled_softmax(name):
     logits = 30.0 * torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(weight).T
     expected = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(head(x, labels), expected, rtol=1e-3 if name == "adaface" else 1e-6, atol=1e-6)
+
+
+def test_combined_without_an_angle_is_cosface_at_every_cosine():
+    cosines = [COSINES.clone().requires_grad_() for _ in range(2)]
+    logits = [
+        margin.target_logit(cosine)
+        for margin, cosine in zip(
+            (create_margin("combined", m2=0.0, m3=0.4), create_margin("cosface", margin=0.4)), cosines, strict=True
+        )
+    ]
+    assert torch.equal(logits[0], logits[1])
+    for logit in logits:
+        logit.sum().backward()
+    assert torch.equal(cosines[0].grad, cosines[1].grad)
+
+
+def test_autocast_stays_outside_the_head():
+    x, labels, _ = problem(4)
+    head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
+    expected = head(x.float(), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(x.float(), labels), expected)
+        half = head(x.bfloat16(), labels)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, head(x.bfloat16().float(), labels))
 
 
 def test_uniface_without_a_margin_is_a_sigmoid_of_every_class():
@@ -211,6 +237,20 @@ class TestState:
     def test_saved_with_the_head(self, name, keys):
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin(name))
         assert set(head.state_dict()) == {"weight", *(f"margin_state.{key}" for key in keys)}
+
+    def test_adaface_takes_norms_between_its_bounds(self):
+        margin = create_margin("adaface", h=5.0)
+        state = {"norm_mean": torch.tensor(20.0), "norm_std": torch.tensor(5.0)}
+        cosine = torch.full((4,), 0.5)
+        logits = margin.target_logit(cosine, torch.tensor([0.0, 1e-3, 100.0, 1e6]), state)
+        assert logits[0] == logits[1]
+        assert logits[2] == logits[3]
+        # z is clipped to +-1: cos(theta + m) for the worst norms, cos(theta - m) - 2 m for the best.
+        theta = math.acos(0.5)
+        expected = [64 * math.cos(theta + 0.4), 64 * (math.cos(theta - 0.4) - 0.8)]
+        assert logits[[0, 2]].tolist() == pytest.approx(expected, abs=1e-4)
+        moved = margin.next_state(margin.initial_state(3), None, torch.tensor([0.0, 1e6]))
+        assert moved["norm_mean"].item() == pytest.approx(0.01 * (1e-3 + 100) / 2 + 0.99 * 20, rel=1e-6)
 
     def test_norms_may_come_from_outside(self):
         # AdaFace reads them; the embedding's own length then does not matter.

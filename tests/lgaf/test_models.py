@@ -19,6 +19,7 @@ from lgaf.models.fusion import (
     QUALITY_MEASURES,
     IterativeAttentionalFusion,
     LocalGlobalFusion,
+    PlainFusion,
     feature_norms,
     gaussian_entropies,
     shannon_entropies,
@@ -125,6 +126,31 @@ class TestFusion:
         assert fusion.local_quality.mean.item() == pytest.approx(0.01 * norms.mean().item() + 0.99 * 20.0, rel=1e-5)
         assert fusion.local_quality.std.item() == pytest.approx(0.01 * norms.std().item() + 0.99 * 100.0, rel=1e-5)
 
+    def test_the_deviation_is_the_unbiased_one(self):
+        fusion = LocalGlobalFusion()
+        local = torch.zeros(2, 8)
+        local[0, 0], local[1, 0] = 10.0, 30.0
+        fusion(local, torch.randn(2, 8))
+        assert fusion.local_quality.std.item() == pytest.approx(0.01 * math.sqrt(200) + 99.0, rel=1e-6)
+
+    def test_a_batch_is_standardised_after_it_has_moved_the_statistics(self):
+        fusion = LocalGlobalFusion()
+        for quality in (fusion.local_quality, fusion.global_quality):
+            quality.mean.fill_(0.0), quality.std.fill_(0.1)
+        local, global_ = 0.1 * torch.rand(8, 4), 0.1 * torch.rand(8, 4)
+        _, weight = fusion(local, global_)
+        _, settled = fusion.eval()(local, global_)
+        torch.testing.assert_close(weight, settled, rtol=0, atol=0)
+
+    def test_quality_is_measured_in_float32(self):
+        fusion = LocalGlobalFusion().eval()
+        fusion.local_quality.mean.fill_(3.0), fusion.local_quality.std.fill_(0.5)
+        local, global_ = torch.randn(16, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+        _, weight = fusion(local, global_)
+        _, exact = fusion(local.float(), global_.float())
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, exact)
+
     def test_one_image_moves_no_deviation(self):
         fusion = LocalGlobalFusion()
         fusion(torch.randn(1, 8), torch.randn(1, 8))
@@ -193,9 +219,11 @@ class TestQualityMeasures:
     @pytest.mark.parametrize("measure", QUALITY_MEASURES)
     def test_gradient_through_the_weights_is_a_switch(self, measure):
         for wanted in (True, False):
-            local = torch.randn(4, 8, requires_grad=True)
-            _, weight = LocalGlobalFusion(measure, quality_gradient=wanted)(local, torch.randn(4, 8))
-            assert weight.requires_grad == wanted
+            for local_learns in (True, False):
+                local = torch.randn(4, 8, requires_grad=local_learns)
+                global_ = torch.randn(4, 8, requires_grad=not local_learns)
+                _, weight = LocalGlobalFusion(measure, quality_gradient=wanted)(local, global_)
+                assert weight.requires_grad == wanted
 
 
 class TestFusionModes:
@@ -211,6 +239,11 @@ class TestFusionModes:
         torch.testing.assert_close(joined[:, :8] + joined[:, 8:], added)
         assert LGAFConfig(fusion="cat").output_dim == 1024
         assert LGAFConfig(fusion="cat", branches=("local",)).output_dim == 512
+
+    def test_cat_without_quality_leaves_the_features_as_they_are(self):
+        joined, weight = PlainFusion(concatenate=True)(self.LOCAL, self.GLOBAL)
+        assert torch.equal(joined, torch.cat([self.LOCAL, self.GLOBAL], dim=1))
+        assert weight.tolist() == [0.5] * 6
 
     def test_iaff_runs_two_rounds_of_their_own_attention(self):
         fusion = IterativeAttentionalFusion(8).eval()
@@ -277,9 +310,51 @@ def test_head_similarity_is_the_mean_cosine_of_where_the_maps_lie():
     assert all(map_.grad.abs().sum() > 0 for map_ in mixed)
 
 
+def test_every_switch_reaches_its_part():
+    def built(**fields):
+        return LGAFConfig(backbone="micro", embedding_dim=16, **fields).build()
+
+    head = built(local_width=48).local_branch.heads[0]
+    assert [scale[0].out_channels for scale in head.scales] == [48, 48, 48]
+    assert [attention.attention[0].out_channels for attention in head.attentions] == [3, 3, 3]  # 48 / 16
+    assert head.excitation.excite[0].out_features == 9  # 3 * 48 / 16
+    assert len(built(scale_form="direct").local_branch.heads[0].scales[2]) == 3
+    assert built(lanet_gap="channel").local_branch.heads[0].attentions[0].attention[0].in_channels == 1
+    assert built(local_projection="gap").local_branch.heads[0].project.in_features == 3 * 4
+    shifted = built(feature_shift=True)
+    for branch, plain in ((shifted.local_branch, built().local_branch), (shifted.global_branch, built().global_branch)):
+        assert branch.features.bias.requires_grad
+        assert not branch.features.weight.requires_grad
+        assert plain.features.bias is None
+    assert built(quality_gradient=True).fusion.quality_gradient
+    assert built(quality="entropy").fusion.measure is shannon_entropies
+    assert built(gradient_checkpointing=True).backbone.gradient_checkpointing
+
+
+def test_norms_and_variances_are_those_of_their_branch():
+    torch.manual_seed(0)
+    model = dataclasses.replace(MICRO, dropout=0.0).build()
+    features = {}
+    for name in ("local", "global"):
+        branch = getattr(model, f"{name}_branch")
+        branch.register_forward_hook(lambda _m, _i, output, name=name: features.update({name: output}))
+    model.local_branch.features.register_forward_hook(lambda _m, _i, output: features.update(local=output))
+    out = model(torch.randn(8, 3, 112, 112))
+    torch.testing.assert_close(out.norm_local_B, features["local"].norm(dim=1))
+    torch.testing.assert_close(out.norm_global_B, features["global"].norm(dim=1))
+    for feature in features.values():  # the last BN of each branch
+        torch.testing.assert_close(feature.var(dim=0, unbiased=False), torch.ones(16), rtol=0.01, atol=0.01)
+
+
 def test_diversity_is_a_loss_of_training_alone():
+    images = torch.randn(3, 3, 112, 112)
+    losses = []
+    for weight in (1.0, 2.0):
+        torch.manual_seed(0)
+        losses.append(dataclasses.replace(MICRO, diversity_weight=weight, dropout=0.0).build()(images).auxiliary_loss)
+    torch.testing.assert_close(losses[1], 2 * losses[0])
     model = dataclasses.replace(MICRO, diversity_weight=2.0).build()
-    out = model(torch.randn(3, 3, 112, 112))
+    out = model(images)
     assert 0 < out.auxiliary_loss.item() <= 2
     assert model.eval()(torch.randn(3, 3, 112, 112)).auxiliary_loss is None
     assert MICRO.build()(torch.randn(3, 3, 112, 112)).auxiliary_loss is None

@@ -96,9 +96,10 @@ def test_weights_and_norms_travel_with_their_rows(world):
     run_distributed(world, _check_weights_and_norms)
 
 
-def test_weights_multiply_the_losses():
+@pytest.mark.parametrize("margin", ["cosface", "magface"])
+def test_weights_multiply_the_losses_penalty_and_all(margin):
     x, labels = _problem(10)
-    head = ShardedMarginHead(10, DIM, create_margin("cosface")).double()
+    head = ShardedMarginHead(10, DIM, create_margin(margin)).double()
     each = torch.stack([head(x[i : i + 1], labels[i : i + 1]) for i in range(7)])
     weights = torch.linspace(0, 3, 7, dtype=torch.float64)
     torch.testing.assert_close(head(x, labels, weights_B=weights), (each * weights).mean())

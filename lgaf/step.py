@@ -97,13 +97,17 @@ class TrainStep:
             group["lr"] = learning_rate
         torch.manual_seed(mixed_seed(DROPOUT_SEED, self.seed, self.num_steps_done, rank_in(self.group)))
         self.model.train()
+        self.head.train()
         images_BCHW = normalise_images(images_BHWC.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             output = self._network(images_BCHW)
         # DDP averages the ranks' gradients; the head's are already those of the global mean.
         embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
+        weights_B = output.sample_weight_B
+        if weights_B is not None:
+            weights_B = scale_gradient(weights_B.float(), world_size(self.group))
         labels_B = labels_B.to(self.device, non_blocking=True)
-        loss: Tensor = self.head(embedding_BD, labels_B, weights_B=output.sample_weight_B)
+        loss: Tensor = self.head(embedding_BD, labels_B, weights_B=weights_B)
         self.optimizer.zero_grad(set_to_none=True)
         # A network's own loss is a mean over this rank's rows; DDP makes that the mean over the ranks.
         total = loss if output.auxiliary_loss is None else loss + output.auxiliary_loss

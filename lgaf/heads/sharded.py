@@ -23,6 +23,7 @@ from lgaf.distributed import (
     gather_for_all,
     gather_sizes,
     rank_in,
+    scale_gradient,
     sum_gradient,
     world_size,
 )
@@ -226,4 +227,8 @@ class ShardedMarginHead(nn.Module):
         extra = list(rest[0].unbind(dim=1))
         norm_G = x_GD.norm(dim=1) if norms_B is None else extra.pop(0)
         labels_G = labels_G1.detach().squeeze(1).contiguous().view(bits).long()
-        return GlobalBatch(x_GD, labels_G, norm_G, extra.pop(0) if weights_B is not None else None)
+        weight_G = None
+        if weights_B is not None:
+            # All ranks weigh all rows alike, so each finds the whole gradient, of which the gather sums W.
+            weight_G = scale_gradient(extra.pop(0), 1 / world_size(self.group))
+        return GlobalBatch(x_GD, labels_G, norm_G, weight_G)

@@ -321,12 +321,13 @@ class _WithOwnLoss(FaceNetwork):
     def __init__(self, weighs: bool, has_loss: bool) -> None:
         super().__init__()
         self.project = nn.Linear(3 * 4 * 4, 8)
+        self.judge = nn.Linear(3 * 4 * 4, 1)
         self.weighs, self.has_loss = weighs, has_loss
 
     def forward(self, images_BCHW):
         pooled = nn.functional.adaptive_avg_pool2d(images_BCHW, 4).flatten(1)
         embedding = self.project(pooled)
-        weights = 2.0 + pooled[:, 0].detach() if self.weighs else None
+        weights = 2.0 + self.judge(pooled).sigmoid().squeeze(1) if self.weighs else None
         return global_embedding(embedding, weights, self.project.weight.square().sum() if self.has_loss else None)
 
 
@@ -356,11 +357,19 @@ def _check_own_loss(group) -> None:
     torch.testing.assert_close(loss_together, loss_alone, rtol=1e-6, atol=0)
     for mine, theirs in zip(together.model.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    assert together.model.judge.weight.grad.any(), "weights may be learned"
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_own_loss_and_weights_over_ranks_equal_one_process(world):
     run_distributed(world, _check_own_loss)
+
+
+def test_a_step_trains_a_head_that_was_evaluated():
+    step = _own_loss_step(None, weighs=False, has_loss=False)
+    step.head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("adaface")).eval()
+    step(*_batch(0))
+    assert step.head.margin_state.norm_mean.item() != 20.0
 
 
 @pytest.mark.parametrize("margin", ["adaface", "uniface"])

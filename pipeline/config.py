@@ -77,8 +77,10 @@ class HeadConfig:
                 f"head.margin={self.margin!r}: {self.name} has no such field; set --head.margin None and, in "
                 f"--head.options, any of: {', '.join(own)}"
             )
-        given = {"margin": self.margin, "scale": self.scale}
-        return create_margin(self.name, **{k: v for k, v in given.items() if v is not None} | self.options)
+        given = {k: v for k, v in {"margin": self.margin, "scale": self.scale}.items() if v is not None}
+        for twice in given.keys() & self.options.keys():
+            raise ValueError(f"head.{twice}={given[twice]!r} is in head.options too: {self.options[twice]!r}")
+        return create_margin(self.name, **given, **self.options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,9 @@ def save_model(uri: str, config: NetworkConfig, state: dict[str, Tensor]) -> str
         config: Of a network of `NETWORKS`; it makes the network again.
         state: Its ``state_dict()``.
     """
-    network = next(name for name, kind in NETWORKS.items() if type(config) is kind)
+    network = next((name for name, kind in NETWORKS.items() if type(config) is kind), None)
+    if network is None:
+        raise ValueError(f"a {type(config).__name__} is of no network of {', '.join(NETWORKS)}")
     weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     fingerprint = hashlib.sha256(weights).hexdigest()
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)

@@ -69,7 +69,7 @@ def register(store: str, name: str, candidate: Candidate) -> int:
                 "report_uri": candidate.report_uri,
                 "run_name": candidate.run_name,
             },
-            description=f"LGAF of run {candidate.run_name}, mean accuracy {candidate.report.mean_accuracy:.4f}.",
+            description=f"Network of run {candidate.run_name}, mean accuracy {candidate.report.mean_accuracy:.4f}.",
         )
 
 

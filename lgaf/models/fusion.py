@@ -14,6 +14,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from lgaf.distributed import all_reduce_sum
 
@@ -99,12 +100,19 @@ class LocalGlobalFusion(nn.Module):
         measure: Of a feature's quality: "norm" (the paper's choice), "entropy" or "gaussian_entropy" (Table 3).
         concatenate: Put the weighted features side by side, [B, 2 D] (Table 4, CAT), instead of adding them.
         quality_gradient: Let gradients through the weights; else, as AdaFace does with its norms, none.
+        unit_features: Give the features unit length once their quality is measured.
     """
 
     def __init__(
-        self, measure: QualityMeasure = "norm", *, concatenate: bool = False, quality_gradient: bool = False
+        self,
+        measure: QualityMeasure = "norm",
+        *,
+        concatenate: bool = False,
+        quality_gradient: bool = False,
+        unit_features: bool = False,
     ) -> None:
         super().__init__()
+        self.unit_features = unit_features
         self.measure = QUALITY_MEASURES[measure]
         self.concatenate, self.quality_gradient = concatenate, quality_gradient
         self.local_quality = FeatureQualityAssessment()
@@ -125,20 +133,24 @@ class LocalGlobalFusion(nn.Module):
     def forward(self, local_BD: Tensor, global_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Give the fused feature [B, D or 2 D] (un-normalised) and the weight of the local branch [B]."""
         weight_local_B = self.local_weight(local_BD, global_BD)
+        if self.unit_features:
+            local_BD, global_BD = F.normalize(local_BD), F.normalize(global_BD)
         weight_B1 = weight_local_B.to(local_BD.dtype)[:, None]
         weighted = (weight_B1 * local_BD, (1 - weight_B1) * global_BD)
         return (torch.cat(weighted, dim=1) if self.concatenate else weighted[0] + weighted[1]), weight_local_B
 
 
 class PlainFusion(nn.Module):
-    """The branches as they are, no quality asked: added (method III of Table 1) or side by side."""
+    """The branches as they are (or of unit length), no quality asked: added (method III of Table 1) or side by side."""
 
-    def __init__(self, *, concatenate: bool = False) -> None:
+    def __init__(self, *, concatenate: bool = False, unit_features: bool = False) -> None:
         super().__init__()
-        self.concatenate = concatenate
+        self.concatenate, self.unit_features = concatenate, unit_features
 
     def forward(self, local_BD: Tensor, global_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Give the fused feature [B, D or 2 D] and the weight of the local branch, a half [B]."""
+        if self.unit_features:
+            local_BD, global_BD = F.normalize(local_BD), F.normalize(global_BD)
         fused = torch.cat([local_BD, global_BD], dim=1) if self.concatenate else local_BD + global_BD
         return fused, local_BD.new_full((), 0.5, dtype=torch.float32).expand(local_BD.shape[0])
 
@@ -151,12 +163,15 @@ class IterativeAttentionalFusion(nn.Module):
     again; their MXNet original does not). On vectors the global average pooling of the paper is the identity.
     """
 
-    def __init__(self, dim: int, reduction: int = 4) -> None:
+    def __init__(self, dim: int, reduction: int = 4, *, unit_features: bool = False) -> None:
         super().__init__()
+        self.unit_features = unit_features
         self.rounds = nn.ModuleList(ChannelAttention(dim, reduction) for _ in range(2))
 
     def forward(self, local_BD: Tensor, global_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Give the fused feature [B, D] and the mean weight of the local branch over the channels [B]."""
+        if self.unit_features:
+            local_BD, global_BD = F.normalize(local_BD), F.normalize(global_BD)
         fused_BD = local_BD + global_BD
         weight_BD = fused_BD
         for attention in self.rounds:

@@ -10,7 +10,6 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from lgaf.config import require_choice, require_in_range, require_positive
 from lgaf.models.backbones import BACKBONES, create_backbone
@@ -79,7 +78,7 @@ class LGAFConfig:
     quality_gradient: bool = False
     """Let gradients through the weights of the branches."""
     unit_branches: bool = False
-    """Give both features unit length before they are weighted."""
+    """Give both features unit length before they are weighted, once their quality is measured."""
     diversity_weight: float = 0.0
     """Factor of a loss on how alike the heads' maps lie in space, which drives them apart; 0, as in the paper: none."""
 
@@ -179,8 +178,6 @@ class LGAF(FaceNetwork):
         if local_BD is None or global_BD is None or self.fusion is None:
             return self._one_branch(local_BD, global_BD)._replace(auxiliary_loss=auxiliary_loss)
         norm_local_B, norm_global_B = local_BD.detach().float().norm(dim=1), global_BD.detach().float().norm(dim=1)
-        if self.config.unit_branches:
-            local_BD, global_BD = F.normalize(local_BD), F.normalize(global_BD)
         fused_BD, weight_local_B = self.fusion(local_BD, global_BD)
         return FaceEmbedding(fused_BD, norm_local_B, norm_global_B, weight_local_B, auxiliary_loss=auxiliary_loss)
 
@@ -216,9 +213,14 @@ class LGAF(FaceNetwork):
 
 def _create_fusion(config: LGAFConfig) -> LocalGlobalFusion | PlainFusion | IterativeAttentionalFusion:
     if config.fusion == "iaff":
-        return IterativeAttentionalFusion(config.embedding_dim)
+        return IterativeAttentionalFusion(config.embedding_dim, unit_features=config.unit_branches)
     concatenate = config.fusion == "cat"
     if config.quality == "none":
-        return PlainFusion(concatenate=concatenate)
+        return PlainFusion(concatenate=concatenate, unit_features=config.unit_branches)
     measure: QualityMeasure = config.quality
-    return LocalGlobalFusion(measure, concatenate=concatenate, quality_gradient=config.quality_gradient)
+    return LocalGlobalFusion(
+        measure,
+        concatenate=concatenate,
+        quality_gradient=config.quality_gradient,
+        unit_features=config.unit_branches,
+    )

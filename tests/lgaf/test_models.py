@@ -270,6 +270,17 @@ class TestFusionModes:
         with pytest.raises(ValueError, match=r"model.fusion='iaff'.*model.quality='none'"):
             LGAFConfig(fusion="iaff")
 
+    def test_unit_branches_keep_their_quality(self):
+        plain, unit = LocalGlobalFusion().eval(), LocalGlobalFusion(unit_features=True).eval()
+        for fusion in (plain, unit):
+            fusion.local_quality.mean.fill_(2.0), fusion.local_quality.std.fill_(0.5)
+        _, weight = plain(self.LOCAL, self.GLOBAL)
+        fused, same_weight = unit(self.LOCAL, self.GLOBAL)
+        assert torch.equal(weight, same_weight)
+        assert weight.std() > 0.01
+        unit_local, unit_global = (torch.nn.functional.normalize(f) for f in (self.LOCAL, self.GLOBAL))
+        torch.testing.assert_close(fused, weight[:, None] * unit_local + (1 - weight[:, None]) * unit_global)
+
     def test_unit_branches_weigh_directions_alone(self):
         torch.manual_seed(0)
         model = dataclasses.replace(MICRO, unit_branches=True, quality="none").build().eval()

@@ -45,8 +45,8 @@ def test_wrong_samples_lose_their_weight_and_hard_ones_keep_most():
     screening = SampleScreening()
     state = _settled(screening, wrong_share=0.25)
     wrong, low, hard, easy = _weights(screening, state, [0.0, 0.15, 0.4, 0.6]).tolist()
-    assert wrong < 0.01
-    assert low < 0.3
+    assert wrong == pytest.approx(0.1, abs=0.01), "what strength 0.9 leaves"
+    assert low < 0.4
     assert hard > 0.95
     assert easy > 0.999
 
@@ -76,13 +76,29 @@ def test_peaks_that_overlap_screen_nobody():
     assert (_weights(screening, state, [-0.2, 0.0, 0.1, 0.3]) > 0.999).all()
 
 
+def test_what_most_samples_are_is_not_wrong():
+    # A long tail of people that are not learned yet, beside a few that are: no noise.
+    screening = SampleScreening()
+    state, generator = screening.initial_state(), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        unlearned = torch.rand(BATCH, generator=generator) < 0.6
+        cosine = torch.where(unlearned, 0.03, 0.6) + 0.08 * torch.randn(BATCH, generator=generator)
+        state = {**state, **screening.next_state(state, cosine, torch.full_like(cosine, 20.0))}
+    assert (_weights(screening, state, [0.0, 0.05, 0.6]) > 0.999).all()
+
+
+def test_no_sample_loses_all_of_its_weight():
+    with pytest.raises(ValueError, match=r"screening\.strength=1\.0 must lie in \[0\.0, 0\.95\]"):
+        SampleScreening(strength=1.0)
+
+
 def test_before_the_first_step_nobody_is_screened():
     screening = SampleScreening()
     assert (_weights(screening, screening.initial_state(), [-1.0, 0.0, 1.0]) == 1).all()
 
 
 def test_strength_bounds_the_loss_of_weight():
-    whole, half = SampleScreening(), SampleScreening(strength=0.5)
+    whole, half = SampleScreening(strength=0.8), SampleScreening(strength=0.4)
     state = _settled(whole, wrong_share=0.25)
     cosines = torch.linspace(-1, 1, 21).tolist()
     torch.testing.assert_close(
@@ -147,7 +163,7 @@ class TestInTheHead:
         head(x, labels).backward()
         self._head()(plain_x, labels).backward()
         mislabelled = torch.arange(40) % 4 == 0
-        assert (x.grad[mislabelled].norm(dim=1) < 0.01 * plain_x.grad[mislabelled].norm(dim=1)).all()
+        assert (x.grad[mislabelled].norm(dim=1) < 0.11 * plain_x.grad[mislabelled].norm(dim=1)).all()
         torch.testing.assert_close(x.grad[~mislabelled], plain_x.grad[~mislabelled], rtol=0.05, atol=1e-6)
 
     def test_frozen_in_eval_mode(self):

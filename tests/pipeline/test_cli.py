@@ -64,7 +64,7 @@ def _run(preset: TrainConfig, arguments: list[str], capsys) -> tuple[int, str]:
         (["--network", "hpd"], ["--network", "'hpd'", "'hpda'"]),
         (["--network", "hpda", "--model.num-heads", "4"], ["--model.num-heads"]),
         (["--network=transface", "--model.backbone", "vitb"], ["model.backbone='vitb'", "did you mean 'vit_b'"]),
-        (["--screening.strength", "2"], ["screening.strength=2.0 must lie in [0.0, 1.0]"]),
+        (["--screening.strength", "2"], ["screening.strength=2.0 must lie in [0.0, 0.95]"]),
         (["--model.dropout", "2"], ["model.dropout=2.0 must lie in [0.0, 0.99]"]),
         (["--schedule.milestones", "0.9", "0.5"], ["schedule.milestones=(0.9, 0.5)", "rising"]),
         (["--stream.augmentation", "adafase"], ["stream.augmentation='adafase'", "did you mean 'adaface'"]),

@@ -108,6 +108,7 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: HeadConfig(margin=-0.1), r"head\.margin=-0\.1"),
         (lambda: HeadConfig(name="magface", margin=0.5), r"head\.margin=0\.5: magface has no.*margin None.*l_margin"),
         (lambda: HeadConfig(name="adaface", options={"hh": 0.3}), r"head: the key='hh'.*did you mean 'h'"),
+        (lambda: HeadConfig(margin=0.4, options={"margin": 0.1}), r"head\.margin=0\.4 is in head\.options too: 0\.1"),
         (lambda: HeadConfig(name="adaface", options={"h": "big"}), r"head\.h='big' must be of type float"),
         (lambda: SampleScreening(strength=2.0), r"screening\.strength=2\.0"),
         (lambda: StreamConfig(num_streams=0), r"stream\.num_streams=0"),

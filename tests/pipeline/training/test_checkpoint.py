@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lgaf.distributed import rank_in
 from lgaf.heads.margins import create_margin
+from lgaf.heads.screening import SampleScreening
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import LGAFConfig
 from lgaf.optim import SGDConfig
@@ -36,7 +37,9 @@ READERS = (1, 2, 3)
 def _train_step(group=None, num_classes: int = 7, seed: int = 0) -> TrainStep:
     torch.manual_seed(seed)
     model = LGAFConfig(backbone="micro", embedding_dim=8, num_heads=2).build()
-    head = ShardedMarginHead(num_classes, 8, create_margin("arcface"), group=group, seed=seed)
+    # A margin with a learned scalar and a screening with statistics: what every rank holds alike.
+    margin, screening = create_margin("uniface"), SampleScreening()
+    head = ShardedMarginHead(num_classes, 8, margin, group=group, seed=seed, screening=screening)
     return TrainStep(model, head, SGDConfig(), StepSchedule(), 100, group=group)
 
 
@@ -50,7 +53,10 @@ def _scramble(step: TrainStep, seed: int) -> None:
     with torch.no_grad():
         for value in step.model.state_dict().values():
             value.copy_(random(value))
-        for parameter in step.model.parameters():
+        for name, value in step.head.state_dict().items():
+            if name != "weight":
+                value.copy_(random(value))
+        for parameter in [*step.model.parameters(), *step.head.margin_state.parameters()]:
             step.optimizer.state[parameter]["momentum_buffer"].copy_(random(parameter))
         every = torch.empty(step.head.num_classes, *step.head.weight.shape[1:])
         own = slice(step.head.classes.start, step.head.classes.stop)

@@ -63,11 +63,14 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
 
 def _with_network(preset: TrainConfig, arguments: list[str]) -> TrainConfig:
     """The preset with the network that the command line names: its settings are what ``--model.*`` then means."""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name = flag.removeprefix("--network=") if flag.startswith("--network=") else value
-        if flag.split("=")[0] == "--network" and name in NETWORKS and name != preset.network:
-            return replace(preset, network=cast("Any", name), model=cast("Any", NETWORKS[name]()))
-    return preset
+    name: str = preset.network
+    for position, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--network":  # the last one counts, as for every flag
+            name = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+    if name == preset.network or name not in NETWORKS:  # a wrong name is told with all other mistakes
+        return preset
+    return replace(preset, network=cast("Any", name), model=cast("Any", NETWORKS[name]()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

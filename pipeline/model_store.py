@@ -42,6 +42,11 @@ def read_model_info(uri: str) -> dict[str, Any]:
         StorageError: There is none.
     """
     info: dict[str, Any] = storage.read_json(storage.join(uri, CONFIG))
+    if not {"model", "sha256"} <= info.keys():
+        raise storage.StorageError(
+            f"{storage.join(uri, CONFIG)}: is not the config of an exported model (no model and sha256 in it); "
+            f"that of a run is in {storage.join(uri, 'model')}"
+        )
     return info
 
 

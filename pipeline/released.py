@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -44,6 +45,7 @@ def read_released(uri: str) -> Mapping[str, Any]:
         StorageError: It does not exist, holds something else, or is no such file; the message says what to do.
     """
     content = storage.read_bytes(uri)
+    _check_sums(uri, content)
     try:
         if uri.endswith(SAFETENSORS):
             return safetensors.torch.load(content)
@@ -54,6 +56,18 @@ def read_released(uri: str) -> Mapping[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise storage.StorageError(f"{uri}: holds a {type(checkpoint).__name__}, a state dict was expected")
     return checkpoint
+
+
+def _check_sums(uri: str, content: bytes) -> None:
+    """Files of torch.save are zip archives, whose checksums torch does not look at."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+    except zipfile.BadZipFile as error:
+        raise storage.StorageError(f"{uri}: is damaged: {error}") from error
+    if damaged is not None:
+        raise storage.StorageError(f"{uri}: is damaged: the checksum of {damaged} in it is wrong")
 
 
 def load_released(uri: str, form: ReleasedForm, *, channel_order: ChannelOrder | None = None) -> LGAF:

@@ -202,7 +202,11 @@ class ShardedMarginHead(nn.Module):
 
     def _check(self, embedding_BD: Tensor, labels_B: Tensor, norms_B: Tensor | None, weights_B: Tensor | None) -> None:
         for name, value in (("labels", labels_B), ("norms", norms_B), ("weights", weights_B)):
-            if value is not None and value.shape[0] != embedding_BD.shape[0]:
+            if value is None:
+                continue
+            if value.ndim != 1:
+                raise ValueError(f"{name} of shape {list(value.shape)} must be one number an embedding, of shape [B]")
+            if value.shape[0] != embedding_BD.shape[0]:
                 raise ValueError(f"{embedding_BD.shape[0]} embeddings came with {value.shape[0]} {name}")
         # On an accelerator this look would wait for the device each step; there the data plane's check has to do.
         if labels_B.device.type == "cpu" and labels_B.numel():

@@ -182,6 +182,8 @@ def test_initial_centres_are_those_of_a_normal_distribution():
         (lambda h: h(torch.randn(2, DIM), torch.tensor([0, 10])), r"labels in \[0, 10\].*10 classes"),
         (lambda h: h(torch.randn(2, DIM), torch.tensor([-1, 1])), r"labels in \[-1, 1\]"),
         (lambda h: h(torch.randn(2, DIM), torch.tensor([1])), "2 embeddings came with 1 labels"),
+        (lambda h: h(torch.randn(2, DIM), torch.tensor([1, 2]), None, torch.ones(2, 1)), r"weights of shape \[2, 1\]"),
+        (lambda h: h(torch.randn(2, DIM), torch.tensor([[1], [2]])), r"labels of shape \[2, 1\]"),
         (lambda h: h(torch.randn(2, DIM), torch.tensor([1, 2]), torch.ones(3)), "2 embeddings came with 3 norms"),
         (lambda h: h(torch.randn(1, DIM), torch.tensor([1]), None, torch.ones(2)), "1 embeddings came with 2 weights"),
     ],

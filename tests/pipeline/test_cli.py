@@ -112,6 +112,29 @@ def test_a_network_brings_its_own_settings(network):
     assert cli._with_place(config).run_name != cli._with_place(presets.demo()).run_name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "network"),
+    [
+        ([], "lgaf"),
+        (["--network"], "lgaf"),
+        (["--network", "hpda", "--network", "url"], "url"),
+        (["--network=url", "--network", "lgaf"], "lgaf"),
+        (["--epochs", "3", "--network=hpda"], "hpda"),
+    ],
+)
+def test_the_last_network_named_counts(arguments, network):
+    found = cli._with_network(presets.demo(), arguments)
+    assert found.network == network
+    assert type(found.model) is NETWORKS[network]
+
+
+def test_a_job_without_any_flag_starts(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "run_training", started.append)
+    assert cli.train_job(presets.demo(), arguments=[]) == 0
+    assert started[0].model == presets.demo().model
+
+
 def test_network_and_model_go_together():
     with pytest.raises(ValueError, match=r"network='hpda' goes with a HPDAConfig"):
         replace(presets.demo(), network="hpda")

@@ -125,6 +125,12 @@ def test_a_config_that_this_version_does_not_know_is_named(uri, change, text):
         load_model(uri)
 
 
+def test_the_folder_of_a_run_is_not_taken_for_a_model(uri):
+    storage.write_json(storage.join(uri, CONFIG), {"preset": "demo"})
+    with pytest.raises(storage.StorageError, match=r"not the config of an exported model.*model/model"):
+        load_model(uri)
+
+
 def test_an_unknown_network_is_named(uri):
     save_model(uri, CONFIGS[0], _model(CONFIGS[0]).state_dict())
     place = storage.join(uri, CONFIG)

@@ -233,3 +233,14 @@ def test_the_command_tells_errors(tmp_path, capsys):
     assert convert_job(["--weights", file, "--form", "insightface", "--output", output]) == 1
     assert "faces.pt: form='insightface', but these look like weights of small_ir" in capsys.readouterr().err
     assert not storage.exists(output)
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"conv1.weight": torch.ones(64, 3, 3, 3)}, path)
+    content = bytearray(path.read_bytes())
+    middle = content.index(bytes(torch.ones(8).numpy().tobytes()))
+    content[middle + 5] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(storage.StorageError, match=r"weights\.pth: is damaged: the checksum of .* is wrong"):
+        read_released(str(path))

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-T = TypeVar("T")
 
 
 def world_size(group: ProcessGroup | None) -> int:
@@ -46,41 +45,103 @@ def all_gather_stack(value: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered.view(world_size(group), *value.shape)
 
 
-def gather_sizes(num_rows: int, device: torch.device, group: ProcessGroup | None) -> list[int]:
-    """Rows of every rank; one all-gather of one integer."""
-    if world_size(group) == 1:
-        return [num_rows]
-    sizes: list[int] = all_gather_stack(torch.tensor([num_rows], device=device), group).flatten().tolist()
-    return sizes
+class RowExchange:
+    """Gives every rank the rows of all ranks: one all-gather forward, one reduce-scatter backward.
 
+    Ranks may have different numbers of rows, none at all too. A caller that knows the numbers gives them. Else each
+    rank sends as many rows as any had before, its own number ahead of them; only where a rank has more than ever is a
+    second all-gather needed.
 
-def all_gather_rows(value_BD: Tensor, sizes: list[int], group: ProcessGroup | None) -> Tensor:
-    """Concatenate the rows [B, D] of all ranks to [G, D], B may differ; backward sums the ranks' gradients.
-
-    One all-gather forward, one reduce-scatter backward: the gradient that arrives at each rank's rows is the sum over
-    all ranks of what they computed for these rows.
+    The all-gather runs while the caller goes on between `start` and `finish`, where the backend can do so.
     """
-    if world_size(group) == 1:
-        return value_BD
-    gathered: Tensor = _AllGatherRows.apply(value_BD, sizes, group)  # type: ignore[no-untyped-call]
-    return gathered
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+        self._most = 1
+        self._sizes: list[int] | None = None
+        self._gathered: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def start(self, value_BD: Tensor, sizes: Sequence[int] | None = None) -> None:
+        """Send this rank's rows.
+
+        Args:
+            value_BD: Rows; B may differ between ranks.
+            sizes: Rows of every rank, if known; given by all ranks or by none.
+
+        Raises:
+            ValueError: ``sizes`` are not those of the group, or not this rank's.
+        """
+        world, rank = world_size(self.group), rank_in(self.group)
+        if sizes is not None and (len(sizes) != world or sizes[rank] != len(value_BD)):
+            raise ValueError(f"rank {rank} of {world} has {len(value_BD)} rows, which does not fit sizes={list(sizes)}")
+        self._sizes = [len(value_BD)] if world == 1 else None if sizes is None else list(sizes)
+        if world > 1:
+            self._send(value_BD.detach())
+
+    def finish(self, value_BD: Tensor, shared_L: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows [G, D] of all ranks in rank order, and ``shared_L``; their gradients are summed over the ranks.
+
+        Args:
+            value_BD: What was given to `start`.
+            shared_L: Numbers that are equal on all ranks: their gradients travel with those of the rows.
+        """
+        if world_size(self.group) == 1:
+            return value_BD, shared_L
+        sizes, gathered_WRD = self._received(value_BD)
+        rows_GD, shared_L = _ExchangeRows.apply(  # type: ignore[no-untyped-call]
+            value_BD, shared_L, gathered_WRD, sizes, self.group
+        )
+        return rows_GD, shared_L
+
+    def _send(self, value_BD: Tensor) -> None:
+        if self._sizes is None:
+            number = value_BD.new_full((1, value_BD.shape[1]), len(value_BD))
+            own = torch.cat([number, _pad_rows(value_BD[: self._most], self._most)])
+        else:
+            own = _pad_rows(value_BD, max(self._sizes))
+        self._gathered = own.new_empty((world_size(self.group) * own.shape[0], own.shape[1]))
+        self._work = dist.all_gather_into_tensor(self._gathered, own, group=self.group, async_op=True)
+
+    def _received(self, value_BD: Tensor) -> tuple[list[int], Tensor]:
+        assert self._work is not None
+        assert self._gathered is not None
+        self._work.wait()
+        gathered_WRD = self._gathered.view(world_size(self.group), -1, value_BD.shape[1])
+        self._gathered = self._work = None
+        if self._sizes is not None:
+            return self._sizes, gathered_WRD
+        sizes: list[int] = gathered_WRD[:, 0, 0].long().tolist()
+        if max(sizes) > self._most:
+            self._most = max(sizes)
+            self._send(value_BD.detach())
+            return self._received(value_BD)
+        return sizes, gathered_WRD[:, 1:]
 
 
-class _AllGatherRows(torch.autograd.Function):
+class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value_BD: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, value_BD: Tensor, shared_L: Tensor, gathered_WRD: Tensor, sizes: list[int], group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         ctx.sizes, ctx.group = sizes, group
-        padded = _pad_rows(value_BD, max(sizes))
-        gathered = all_gather_stack(padded, group)
-        return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
+        rows_GD = torch.cat([gathered_WRD[rank, :size] for rank, size in enumerate(sizes)])
+        return rows_GD, shared_L.view_as(shared_L)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        sizes, longest = ctx.sizes, max(ctx.sizes)
-        parts = torch.stack([_pad_rows(part, longest) for part in torch.split(grads[0], sizes)])
-        own = parts.new_empty(parts.shape[1:])
-        dist.reduce_scatter_tensor(own, parts.flatten(0, 1).contiguous(), group=ctx.group)
-        return own[: sizes[rank_in(ctx.group)]], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_GD, grad_L = grads
+        sizes, rank, dim = ctx.sizes, rank_in(ctx.group), grad_GD.shape[1]
+        # The shared numbers' gradients fill rows after those of each rank: their sum reaches all.
+        end = max(sizes) * dim
+        parts_WN = grad_GD.new_zeros(len(sizes), end + -(-len(grad_L) // dim) * dim)
+        for part_N, rows in zip(parts_WN, torch.split(grad_GD, sizes), strict=True):
+            part_N[: rows.numel()] = rows.flatten()
+        parts_WN[:, end : end + len(grad_L)] = grad_L
+        own_N = torch.empty_like(parts_WN[0])
+        dist.reduce_scatter_tensor(own_N, parts_WN.flatten(), group=ctx.group)
+        own_BD = own_N[: sizes[rank] * dim].view(-1, dim)
+        return own_BD, own_N[end : end + len(grad_L)], None, None, None
 
 
 def _pad_rows(value: Tensor, num_rows: int) -> Tensor:
@@ -130,22 +191,3 @@ class _GatherForAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0][ctx.rank], None
-
-
-def sum_gradient(parameter: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Give ``parameter``, equal on all ranks, itself; its gradient is summed over them (one all-reduce backward)."""
-    if world_size(group) == 1:
-        return parameter
-    shared: Tensor = _SumGradient.apply(parameter, group)  # type: ignore[no-untyped-call]
-    return shared
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grads[0], ctx.group), None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -34,9 +34,16 @@ def training_state(step: TrainStep) -> dict[str, Any]:
         "head_optimizer": {
             f"{name}.{key}": _over_classes(step, value) if parameter is head.weight else value
             for name, parameter in head.named_parameters()
-            for key, value in step.optimizer.state[parameter].items()
+            for key, value in _optimizer_tensors(step, parameter).items()
         },
     }
+
+
+def _optimizer_tensors(step: TrainStep, parameter: nn.Parameter) -> dict[str, Tensor]:
+    if step.head_update is not None and parameter is step.head.weight:
+        return {"momentum_buffer": step.head_update.momentum_buffer}  # as the optimizer would call it
+    tensors: dict[str, Tensor] = step.optimizer.state[parameter]
+    return tensors
 
 
 def _over_classes(step: TrainStep, shard: Tensor) -> Tensor:

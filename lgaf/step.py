@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lgaf.distributed import rank_in, scale_gradient, world_size
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import FaceNetwork
-from lgaf.optim import SGDConfig
+from lgaf.optim import SGDConfig, UpdateInBackward
 from lgaf.schedule import StepSchedule
 from lgaf.seeding import mixed_seed
 
@@ -49,7 +50,10 @@ class TrainStep:
         schedule: Learning rate over the run.
         total_steps: Length of the run.
         group: All ranks; None for this process alone.
-        precision: Of the network's forward pass; head and statistics are float32.
+        precision: Of the network's forward pass.
+        head_precision: Of the head's matrix products; its statistics are float32.
+        update_head_in_backward: Move the class centres while their gradient is computed, so that it never exists as a
+            whole: saves as much memory as the centres take.
         seed: Of dropout.
     """
 
@@ -62,12 +66,17 @@ class TrainStep:
         total_steps: int,
         group: ProcessGroup | None = None,
         precision: Precision = "float32",
+        head_precision: Precision = "float32",
+        update_head_in_backward: bool = False,
         seed: int = 0,
     ) -> None:
         self.model, self.head = model, head
-        self.optimizer = optimizer.build([model, head])
+        self.head_update = UpdateInBackward(head.weight, optimizer) if update_head_in_backward else None
+        head.update = self.head_update
+        # A head that updates itself leaves its learned scalars alone to the optimizer.
+        self.optimizer = optimizer.build([model, head.margin_state if update_head_in_backward else head])
         self.base_learning_rate, self.schedule, self.total_steps = optimizer.learning_rate, schedule, total_steps
-        self.group, self.precision, self.seed = group, precision, seed
+        self.group, self.precision, self.head_precision, self.seed = group, precision, head_precision, seed
         self.num_steps_done = 0
         self.device = head.weight.device
         model.set_process_group(group)
@@ -85,16 +94,20 @@ class TrainStep:
                 find_unused_parameters=True,
             )
 
-    def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> StepResult:
+    def __call__(self, images_BHWC: Tensor, labels_B: Tensor, sizes: Sequence[int] | None = None) -> StepResult:
         """Train on this rank's share of one global batch.
 
         Args:
             images_BHWC: uint8 RGB.
             labels_B: int64 class ids.
+            sizes: B of every rank, if known (see `ShardedMarginHead.forward`).
         """
         learning_rate = self.schedule.learning_rate(self.base_learning_rate, self.num_steps_done, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.head_update is not None:
+            self.head_update.learning_rate = learning_rate
+        self.head.step = self.num_steps_done
         torch.manual_seed(mixed_seed(DROPOUT_SEED, self.seed, self.num_steps_done, rank_in(self.group)))
         self.model.train()
         self.head.train()
@@ -107,7 +120,8 @@ class TrainStep:
         if weights_B is not None:
             weights_B = scale_gradient(weights_B.float(), world_size(self.group))
         labels_B = labels_B.to(self.device, non_blocking=True)
-        loss: Tensor = self.head(embedding_BD, labels_B, weights_B=weights_B)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.head_precision == "bfloat16"):
+            loss: Tensor = self.head(embedding_BD, labels_B, weights_B=weights_B, sizes=sizes)
         self.optimizer.zero_grad(set_to_none=True)
         # A network's own loss is a mean over this rank's rows; DDP makes that the mean over the ranks.
         total = loss if output.auxiliary_loss is None else loss + output.auxiliary_loss

@@ -81,7 +81,12 @@ class Sigmoid:
 SOFTMAX: Final = Softmax()
 
 
-def exclude(negatives_GC: Tensor, rows_N: Tensor, columns_N: Tensor) -> Tensor:
-    """The logits with those at (row, column) taken out: the lowest float, which adds nothing."""
-    lowest = torch.full((), torch.finfo(negatives_GC.dtype).min, dtype=negatives_GC.dtype, device=negatives_GC.device)
-    return negatives_GC.index_put((rows_N, columns_N), lowest)
+def exclude(negatives_GC: Tensor, columns_G: Tensor) -> Tensor:
+    """The logits with each sample's own class taken out: the lowest float, which adds nothing.
+
+    Args:
+        negatives_GC: Logits of one part of the classes.
+        columns_G: Where each sample's own class is in this part; any number outside where it is not.
+    """
+    own_GC = columns_G[:, None] == torch.arange(negatives_GC.shape[1], device=negatives_GC.device)
+    return negatives_GC.masked_fill(own_GC, torch.finfo(negatives_GC.dtype).min)

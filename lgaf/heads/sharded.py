@@ -1,58 +1,34 @@
 """ShardedMarginHead: a loss with a margin, the class centres shared out over the ranks.
 
-The exact form: every rank holds the centres of its contiguous range of classes, sees the embeddings of the global batch
-and computes the logits of its own classes only. Equal to the dense head at any world size (`lgaf.reference`).
+Every rank holds the centres of its contiguous range of classes, sees the embeddings of the global batch and works on
+the logits of its own classes only, in chunks (`lgaf.heads.fused`). Equal to the dense head at any world size
+(`lgaf.reference`).
 """
 
 # Shape legend: B = batch on this rank, G = global batch, D = embedding, C = classes on this rank, W = world size,
-#               N = the samples whose own class is on this rank
+#               L = learned scalars of the margin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
-from lgaf.distributed import (
-    all_gather_rows,
-    all_reduce_sum,
-    gather_for_all,
-    gather_sizes,
-    rank_in,
-    scale_gradient,
-    sum_gradient,
-    world_size,
-)
+from lgaf.config import require_in_range
+from lgaf.distributed import RowExchange, all_reduce_sum, gather_for_all, rank_in, world_size
+from lgaf.heads.centres import Centres, initial_centres
 from lgaf.heads.class_shard import class_range
+from lgaf.heads.fused import FusedPass, RowUpdate, fused_pass, own_cosines
+from lgaf.heads.global_batch import BatchExchange, GlobalBatch, check_own_shapes, check_values
 from lgaf.heads.margins import Margin
-from lgaf.heads.objective import exclude
+from lgaf.heads.products import Products
+from lgaf.heads.sampling import sampled_rows
 from lgaf.heads.screening import SampleScreening
-from lgaf.seeding import mixed_seed
 
-INIT_STD: Final = 0.01
-INIT_BLOCK: Final = 4096
-# First part of the seeds of the centres: keeps them apart from those of dropout.
-CENTRES_SEED: Final = 1
-
-
-def initial_centres(classes: range, embedding_dim: int, seed: int) -> Tensor:
-    """Class centres [len(classes), D] ~ N(0, 0.01), a function of the global class id alone.
-
-    Drawn in fixed blocks of class ids, so that no rank draws the whole matrix and no two ranks draw the same rows
-    (seeding all ranks alike, as others do, makes class k of every rank start at the same point).
-    """
-    weight = torch.empty(len(classes), embedding_dim)
-    for block in range(classes.start // INIT_BLOCK, -(-classes.stop // INIT_BLOCK)):
-        generator = torch.Generator().manual_seed(mixed_seed(CENTRES_SEED, seed, block))
-        first = block * INIT_BLOCK
-        rows = torch.randn(INIT_BLOCK, embedding_dim, generator=generator)
-        low, high = max(first, classes.start), min(first + INIT_BLOCK, classes.stop)
-        weight[low - classes.start : high - classes.start] = rows[low - first : high - first] * INIT_STD
-    return weight
+MEMORY_BUDGET: Final = 2 << 30
 
 
 class HeadState(nn.Module):
@@ -65,10 +41,10 @@ class HeadState(nn.Module):
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def values(self, group: ProcessGroup | None) -> dict[str, Tensor]:
-        """All by name; the learned ones' gradients are summed over the group."""
-        learned = {name: sum_gradient(value, group) for name, value in self.named_parameters()}
-        return {**dict(self.named_buffers()), **learned}
+    def learned(self) -> Tensor:
+        """The learned ones [L]."""
+        parameters: list[Tensor] = list(self.parameters())
+        return torch.stack(parameters) if parameters else torch.empty(0)
 
     @torch.no_grad()
     def keep(self, statistics: Mapping[str, Tensor]) -> None:
@@ -77,34 +53,38 @@ class HeadState(nn.Module):
             self.get_buffer(name).copy_(value)
 
 
-class GlobalBatch(NamedTuple):
-    """What a rank sees of all ranks' rows."""
-
-    x_GD: Tensor
-    labels_G: Tensor
-    norm_G: Tensor
-    weight_G: Tensor | None
-
-
 class ShardedMarginHead(nn.Module):
     """Loss with a margin over ``num_classes`` identities, class-parallel over ``group``.
 
-    Collectives a step: two all-gathers forward (batch sizes; embeddings with labels, norms and weights packed beside
-    them), one all-gather of the row statistics, one reduce-scatter backward. Margins that compare the other classes
-    with the target, and the screening, need one all-reduce more (target cosines), learned scalars of a margin one more
-    backward. None with a group of one or ``group=None``.
+    Collectives a step: an all-gather of the embeddings with labels, norms and weights beside them, an all-gather of a
+    few numbers a sample, a reduce-scatter backward; margins that compare the other classes with the target have an
+    all-reduce of the target cosines too. (One all-gather more where a batch is larger than any before and ``sizes`` are
+    not given.) None with a group of one or ``group=None``.
+
+    Under autocast to bfloat16 the matrix products take rounded operands; statistics and the target's cosine stay as
+    precise as the weights. ``head.double()`` computes in float64.
+
+    Attributes:
+        weight: Class centres [C, D] of this rank.
+        classes: Their global ids.
+        step: Selects the sample of classes; moves on with each forward pass in training mode.
+        update: Where set, takes the gradients of the centres chunk by chunk in the backward pass, and ``weight`` gets
+            no gradient (see `lgaf.optim.UpdateInBackward`).
 
     Args:
         num_classes: Identities over all ranks.
         embedding_dim: D.
         margin: See `lgaf.heads.margins.create_margin`.
         group: The ranks that share the classes; None for this process alone.
-        sample_rate: Share of the negative centres seen each step; only 1.0 (all of them) for now.
-        seed: Of the initial centres.
+        sample_rate: Share of the other classes' centres seen in each training step (Partial FC); 1: all, exact. Below 1
+            ``weight``'s gradient is sparse, over the rows that were seen.
+        seed: Of the initial centres and of the sample.
         screening: Lowers the weight of samples that are likely mislabelled or unidentifiable; None: all weigh alike.
+        memory_budget: Bytes of temporary memory a step, beyond the gradient of the centres. What it takes to keep G * C
+            numbers saves a quarter of the work.
 
     Raises:
-        ValueError: Fewer classes than ranks, or another sample rate.
+        ValueError: Fewer classes than ranks, or a rate or budget that is not valid.
     """
 
     def __init__(
@@ -116,17 +96,21 @@ class ShardedMarginHead(nn.Module):
         sample_rate: float = 1.0,
         seed: int = 0,
         screening: SampleScreening | None = None,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         super().__init__()
-        if sample_rate != 1.0:
-            raise ValueError(f"sample_rate={sample_rate} is not valid: this head is exact, the only rate is 1.0")
-        self.num_classes = num_classes
+        require_in_range("sample_rate", sample_rate, 1e-6, 1.0)
+        require_in_range("memory_budget", memory_budget, 1, 1 << 50)
+        self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.margin, self.screening = margin, screening
-        self.group = group
+        self.group, self.sample_rate, self.seed, self.memory_budget = group, sample_rate, seed, memory_budget
         self.classes = class_range(num_classes, world_size(group), rank_in(group))
         self.weight = nn.Parameter(initial_centres(self.classes, embedding_dim, seed))
         self.margin_state = HeadState(margin.initial_state(num_classes), margin.initial_parameters(num_classes))
         self.screening_state = HeadState({} if screening is None else screening.initial_state(), {})
+        self.step = 0
+        self.update: RowUpdate | None = None
+        self._exchange = RowExchange(group)
 
     def forward(
         self,
@@ -134,105 +118,112 @@ class ShardedMarginHead(nn.Module):
         labels_B: Tensor,
         norms_B: Tensor | None = None,
         weights_B: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """Mean loss over the global batch (the same scalar on every rank), differentiable.
 
         Gradients are those of this mean: the embedding's rows of this rank get the sum over all class shards. In
-        training mode the statistics of margin and screening move first.
+        training mode the statistics of margin and screening move first, and ``sample_rate`` holds; else all classes
+        count.
 
         Args:
             embedding_BD: Un-normalised embeddings of this rank; B may differ between ranks.
             labels_B: Global class ids, int64.
             norms_B: Quality norms for margins that use them; the embeddings' own are taken where absent.
             weights_B: Factor of each sample's loss; 1 where absent. All ranks or none give them.
+            sizes: B of every rank where the caller knows them: an accelerator need not be waited for then.
 
         Raises:
-            ValueError: A label outside [0, num_classes), or counts that do not match.
+            ValueError: Shapes that do not match, and, on a CPU, a label outside [0, num_classes). (On an accelerator
+                the loss is then NaN: to ask would be to wait for it.)
+            NonFiniteEmbeddingError: NaN or infinity in an embedding, on a CPU.
         """
-        self._check(embedding_BD, labels_B, norms_B, weights_B)
+        check_own_shapes(embedding_BD, self.embedding_dim, labels=labels_B, norms=norms_B, weights=weights_B)
+        products = Products.for_autocast(self.weight.device, self.weight.dtype)
         with torch.autocast(embedding_BD.device.type, enabled=False):
-            batch = self._gather(embedding_BD, labels_B, norms_B, weights_B)
-            cosine_GC = F.linear(F.normalize(batch.x_GD), F.normalize(self.weight))
-            labels_G = batch.labels_G
-            rows_N = ((labels_G >= self.classes.start) & (labels_G < self.classes.stop)).nonzero().squeeze(1)
-            columns_N = labels_G[rows_N] - self.classes.start
-            cosine_N = cosine_GC[rows_N, columns_N].clamp(-1.0, 1.0)
-            target_cosine_G = self._share_targets(cosine_N.detach(), rows_N, len(labels_G))
-            state = self._next_margin_state(target_cosine_G, batch.norm_G.detach())
-            negatives_GC = self.margin.negative_logits(cosine_GC, target_cosine_G, state)
-            accumulated_G = self.margin.objective.accumulate(exclude(negatives_GC, rows_N, columns_N))
-            norm_N = batch.norm_G[rows_N]
-            target_N = self.margin.target_logit(cosine_N, norm_N, state)
-            penalty_N = self.margin.penalty(norm_N)
-            own_N2 = torch.stack([target_N, torch.zeros_like(target_N) if penalty_N is None else penalty_N], dim=1)
-            # Only the owner of a class fills in its rows, so sums over the ranks are its values.
-            own_G2 = own_N2.new_zeros(len(labels_G), 2).index_put((rows_N,), own_N2)
-            stats_WG3 = gather_for_all(torch.cat([accumulated_G[:, None], own_G2], dim=1), self.group)
-            joined_G = self.margin.objective.join(stats_WG3[:, :, 0])
-            target_G, penalty_G = stats_WG3[:, :, 1:].sum(dim=0).unbind(dim=1)
-            loss_G = self.margin.objective.loss(joined_G, target_G) + penalty_G
-            return self._weighted_mean(loss_G, batch, target_cosine_G)
+            batch, centres, columns_G = self._gather(embedding_BD, labels_B, norms_B, weights_B, sizes)
+            cosine_G = own_cosines(batch.unit_GD, centres, columns_G)
+            target_cosine_G = all_reduce_sum(cosine_G, self.group) if self.margin.needs_all_targets else None
+            learned = dict(zip(dict(self.margin_state.named_parameters()), batch.learned_L, strict=True))
+            state = self._next_margin_state(learned, target_cosine_G, batch.norm_G.detach())
+            problem = FusedPass(
+                centres, columns_G, self.margin, state, target_cosine_G, products, self.memory_budget, self.update
+            )
+            accumulated_G, cosine_G = fused_pass(batch.unit_GD, self.weight, learned, problem, cosine_G)
+            return self._loss(batch, accumulated_G, cosine_G, columns_G >= 0, {**state, **learned})
 
-    def _next_margin_state(self, target_cosine_G: Tensor | None, norm_G: Tensor) -> dict[str, Tensor]:
-        state = self.margin_state.values(self.group)
+    def _gather(
+        self,
+        embedding_BD: Tensor,
+        labels_B: Tensor,
+        norms_B: Tensor | None,
+        weights_B: Tensor | None,
+        sizes: Sequence[int] | None,
+    ) -> tuple[GlobalBatch, Centres, Tensor]:
+        """Everyone's samples, the centres to look at, and where each sample's own class is among them."""
+        exchange = BatchExchange(self._exchange)
+        exchange.start(embedding_BD.to(self.weight.dtype), labels_B, norms_B, weights_B, sizes)
+        centres = Centres.all(self.weight.detach()) if not self._samples() else None  # while the samples travel
+        batch = exchange.finish(self.embedding_dim, self.margin_state.learned().to(self.weight))
+        if not len(batch.labels_G):
+            raise ValueError("the global batch is empty: no rank gave an embedding, so there is no mean loss")
+        if batch.labels_G.device.type == "cpu":
+            check_values(batch, self.num_classes)
+        if centres is None:
+            rows_K = sampled_rows(self.classes, batch.labels_G, self.sample_rate, self.seed, self.step)
+            centres = Centres.some(self.weight.detach(), rows_K)
         if self.training:
-            moved = self.margin.next_state(state, target_cosine_G, norm_G)
+            self.step += 1
+        return batch, centres, centres.columns(batch.labels_G, self.classes.start)
+
+    def _samples(self) -> bool:
+        return self.training and self.sample_rate < 1.0
+
+    def _next_margin_state(
+        self, learned: Mapping[str, Tensor], target_cosine_G: Tensor | None, norm_G: Tensor
+    ) -> dict[str, Tensor]:
+        """The statistics of the margin, moved by this batch in training mode."""
+        state = dict(self.margin_state.named_buffers())
+        if self.training:
+            moved = self.margin.next_state({**state, **learned}, target_cosine_G, norm_G)
             self.margin_state.keep(moved)
             # The new tensors, not the buffers: these change with the next step, maybe before this one's backward.
             state |= moved
         return state
 
-    def _share_targets(self, cosine_N: Tensor, rows_N: Tensor, num_rows: int) -> Tensor | None:
-        if not self.margin.needs_all_targets and self.screening is None:
-            return None
-        return all_reduce_sum(cosine_N.new_zeros(num_rows).index_put((rows_N,), cosine_N), self.group)
-
-    def _weighted_mean(self, loss_G: Tensor, batch: GlobalBatch, target_cosine_G: Tensor | None) -> Tensor:
+    def _loss(
+        self,
+        batch: GlobalBatch,
+        accumulated_G: Tensor,
+        cosine_G: Tensor,
+        owned_G: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The mean loss, of this rank's numbers and the others'."""
+        cosine_G, objective = cosine_G.clamp(-1.0, 1.0), self.margin.objective
+        target_G = self.margin.target_logit(cosine_G, batch.norm_G, state)
+        penalty_G = self.margin.penalty(batch.norm_G)
+        own_G3 = torch.stack(
+            [target_G, torch.zeros_like(target_G) if penalty_G is None else penalty_G, cosine_G.detach()], dim=1
+        )
+        # Only the owner of a class fills in its rows, so sums over the ranks are its values.
+        own_G3 = torch.where(owned_G[:, None], own_G3, 0.0)
+        stats_WG4 = gather_for_all(torch.cat([accumulated_G[:, None], own_G3], dim=1), self.group)
+        joined_G = objective.join(stats_WG4[:, :, 0])
+        target_G, penalty_G, cosine_G = stats_WG4[:, :, 1:].sum(dim=0).unbind(dim=1)
+        loss_G = objective.loss(joined_G, target_G) + penalty_G
+        nobodys_G = (batch.labels_G < 0) | (batch.labels_G >= self.num_classes)
+        loss_G = loss_G.masked_fill(nobodys_G, torch.nan)
         if batch.weight_G is not None:
             loss_G = loss_G * batch.weight_G
-        if self.screening is not None:
-            assert target_cosine_G is not None
-            state = self.screening_state.values(None)
-            norm_G = batch.norm_G.detach()
-            if self.training:
-                self.screening_state.keep(moved := self.screening.next_state(state, target_cosine_G, norm_G))
-                state |= moved
-            loss_G = loss_G * self.screening.weights(state, target_cosine_G, norm_G)
-        return loss_G.mean()
+        return (loss_G * self._screened(cosine_G.detach(), batch.norm_G.detach())).mean()
 
-    def _check(self, embedding_BD: Tensor, labels_B: Tensor, norms_B: Tensor | None, weights_B: Tensor | None) -> None:
-        for name, value in (("labels", labels_B), ("norms", norms_B), ("weights", weights_B)):
-            if value is None:
-                continue
-            if value.ndim != 1:
-                raise ValueError(f"{name} of shape {list(value.shape)} must be one number an embedding, of shape [B]")
-            if value.shape[0] != embedding_BD.shape[0]:
-                raise ValueError(f"{embedding_BD.shape[0]} embeddings came with {value.shape[0]} {name}")
-        # On an accelerator this look would wait for the device each step; there the data plane's check has to do.
-        if labels_B.device.type == "cpu" and labels_B.numel():
-            low, high = int(labels_B.min()), int(labels_B.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"labels in [{low}, {high}] do not fit the head's {self.num_classes} classes")
-
-    def _gather(
-        self, embedding_BD: Tensor, labels_B: Tensor, norms_B: Tensor | None, weights_B: Tensor | None
-    ) -> GlobalBatch:
-        x_BD = embedding_BD.to(self.weight.dtype)
-        if world_size(self.group) == 1:
-            norms_B = x_BD.norm(dim=1) if norms_B is None else norms_B.to(x_BD.dtype)
-            return GlobalBatch(x_BD, labels_B, norms_B, weights_B)
-        sizes = gather_sizes(x_BD.shape[0], x_BD.device, self.group)
-        # Labels travel as the bits of a float column: an all-gather only copies, so they arrive exactly.
-        bits = torch.int64 if x_BD.dtype == torch.float64 else torch.int32
-        columns = [labels_B.to(bits).view(x_BD.dtype), norms_B, weights_B]
-        packed_BE = torch.cat([x_BD, *(column[:, None].to(x_BD.dtype) for column in columns if column is not None)], 1)
-        dim = x_BD.shape[1]
-        x_GD, labels_G1, *rest = all_gather_rows(packed_BE, sizes, self.group).tensor_split((dim, dim + 1), dim=1)
-        extra = list(rest[0].unbind(dim=1))
-        norm_G = x_GD.norm(dim=1) if norms_B is None else extra.pop(0)
-        labels_G = labels_G1.detach().squeeze(1).contiguous().view(bits).long()
-        weight_G = None
-        if weights_B is not None:
-            # All ranks weigh all rows alike, so each finds the whole gradient, of which the gather sums W.
-            weight_G = scale_gradient(extra.pop(0), 1 / world_size(self.group))
-        return GlobalBatch(x_GD, labels_G, norm_G, weight_G)
+    def _screened(self, target_cosine_G: Tensor, norm_G: Tensor) -> Tensor:
+        """Weight [G] that the screening leaves each sample."""
+        if self.screening is None:
+            return torch.ones_like(target_cosine_G)
+        state = dict(self.screening_state.named_buffers())
+        if self.training:
+            self.screening_state.keep(moved := self.screening.next_state(state, target_cosine_G, norm_G))
+            state |= moved
+        return self.screening.weights(state, target_cosine_G, norm_G)

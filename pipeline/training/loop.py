@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lgaf.distributed import all_gather_stack, rank_in, world_size
+from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.step import TrainStep
 from pipeline import storage
@@ -106,13 +107,18 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
         world_size=world_size(step.group),
         rank=rank_in(step.group),
     )
+    sizes = [high - low for low, high in _slots(step, plan)]
     pending: list[_Pending] = []
     last_time = time.perf_counter()
     for number in range(step.num_steps_done, plan.total_steps):
         asked = time.perf_counter()
         batch = next(batches)
         data_wait_s = time.perf_counter() - asked
-        result = step(*_to_tensors(batch))
+        try:
+            result = step(*_to_tensors(batch), sizes=sizes)
+        except NonFiniteEmbeddingError as error:  # on every rank alike
+            _flush(pending, step, plan, log, durable=False)
+            raise _diverged(f"step {number}: {error}") from error
         now = time.perf_counter()
         pending.append(_Pending(number, result.loss, result.learning_rate, now - last_time, data_wait_s, batch.indices))
         last_time = now
@@ -140,7 +146,9 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
         config.head.create(),
         group=group,
         seed=config.seed,
+        sample_rate=config.head.sample_rate,
         screening=config.screening if config.screening.strength > 0 else None,
+        memory_budget=config.head.memory_budget_mib << 20,
     ).to(device)
     return TrainStep(
         model,
@@ -150,6 +158,8 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
         spec.plan.total_steps,
         group=group,
         precision=config.precision,
+        head_precision=config.head.precision,
+        update_head_in_backward=config.head.update == "backward",
         seed=config.seed,
     )
 
@@ -164,8 +174,7 @@ def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _Ran
     Raises:
         DivergedError: A loss is not finite (on every rank alike); no checkpoint is written over the last good one.
     """
-    workers = world_size(step.group)
-    slots = [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
+    slots = _slots(step, plan)
     longest = max(high - low for low, high in slots)
     own = np.full((len(pending), longest), -1, np.int64)
     for row, entry in enumerate(pending):
@@ -179,11 +188,20 @@ def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _Ran
         log.write([entry for entry in pending if entry.loss.isfinite()], digests, durable)
     diverged = [entry for entry in pending if not entry.loss.isfinite()]
     if diverged:
-        raise DivergedError(
-            f"the loss of step {diverged[0].step} is {float(diverged[0].loss)}: the run diverged; "
-            "lower optimizer.learning_rate or add schedule.warmup, under a new run_name"
-        )
+        raise _diverged(f"the loss of step {diverged[0].step} is {float(diverged[0].loss)}")
     pending.clear()
+
+
+def _slots(step: TrainStep, plan: StreamPlan) -> list[tuple[int, int]]:
+    """What each rank has of a global batch."""
+    workers = world_size(step.group)
+    return [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
+
+
+def _diverged(what: str) -> DivergedError:
+    return DivergedError(
+        f"{what}: the run diverged; lower optimizer.learning_rate or add schedule.warmup, under a new run_name"
+    )
 
 
 class _RankZeroLog:

@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 
 from lgaf.distributed import (
-    all_gather_rows,
+    RowExchange,
     all_gather_stack,
     all_reduce_sum,
-    gather_sizes,
     rank_in,
     scale_gradient,
     world_size,
@@ -31,15 +30,20 @@ def _loss_of_rank(gathered: torch.Tensor, rank: int) -> torch.Tensor:
     return (gathered.sin() * places * (rank + 2)).square().sum()
 
 
-def _check_rows(group, sizes: list[int]) -> None:
+def _check_rows(group, exchange: RowExchange, sizes: list[int], known: bool) -> None:
     rank = dist.get_rank(group)
     everyone = _rows(sizes)
     low = sum(sizes[:rank])
     own = everyone[low : low + sizes[rank]].clone().requires_grad_()
-    assert gather_sizes(sizes[rank], own.device, group) == sizes
-    gathered = all_gather_rows(own, sizes, group)
+    # Seven numbers that all ranks have alike: more than fit beside the rows of some cases.
+    numbers = torch.arange(7.0, dtype=torch.float64, requires_grad=True)
+    exchange.start(own, sizes if known else None)
+    gathered, shared = exchange.finish(own, numbers)
     assert torch.equal(gathered, everyone)
-    _loss_of_rank(gathered, rank).backward()
+    assert torch.equal(shared, numbers)
+    (_loss_of_rank(gathered, rank) + (rank + 1) * (shared**2).sum()).backward()
+    total = len(sizes) * (len(sizes) + 1) / 2
+    torch.testing.assert_close(numbers.grad, 2 * total * numbers.detach(), rtol=1e-13, atol=0)
 
     # One process: the same rows, and the sum of all ranks' losses.
     whole = everyone.clone().requires_grad_()
@@ -63,8 +67,11 @@ def _check_sums_and_stacks(group) -> None:
 
 
 def _check_all(group) -> None:
-    for sizes in SIZES[world_size(group)]:
-        _check_rows(group, sizes)
+    # One exchange for all: it must forget the lengths of earlier batches where they no longer hold.
+    exchange = RowExchange(group)
+    for sizes in [*SIZES[world_size(group)], *reversed(SIZES[world_size(group)])]:
+        for known in (False, True):
+            _check_rows(group, exchange, sizes, known)
     if world_size(group) == 3:
         _check_sums_and_stacks(group)
 
@@ -78,8 +85,14 @@ def test_gathers_equal_one_process_forward_and_backward(world):
 def test_no_group_is_this_process_alone():
     value = torch.randn(3, DIM, requires_grad=True)
     assert (world_size(None), rank_in(None)) == (1, 0)
-    assert gather_sizes(3, value.device, None) == [3]
-    assert all_gather_rows(value, [3], None) is value
+    numbers = torch.randn(2, requires_grad=True)
+    exchange = RowExchange(None)
+    exchange.start(value)
+    rows, shared = exchange.finish(value, numbers)
+    assert rows is value
+    assert shared is numbers
+    with pytest.raises(ValueError, match=r"rank 0 of 1 has 3 rows.*sizes=\[2\]"):
+        exchange.start(value, [2])
     assert all_reduce_sum(value, None) is value
     assert torch.equal(all_gather_stack(value, None), value[None])
 

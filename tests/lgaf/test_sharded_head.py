@@ -11,17 +11,23 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from lgaf.heads import fused
+from lgaf.heads.centres import initial_centres
 from lgaf.heads.class_shard import class_range
-from lgaf.heads.margins import Margin, create_margin
+from lgaf.heads.global_batch import NonFiniteEmbeddingError
+from lgaf.heads.margins import MARGINS, Margin, create_margin
 from lgaf.heads.screening import SampleScreening
-from lgaf.heads.sharded import ShardedMarginHead, initial_centres
+from lgaf.heads.sharded import ShardedMarginHead
+from lgaf.optim import SGDConfig
 from lgaf.reference import dense_margin_loss
 from tests.distributed import run_distributed
 from tests.lgaf.margin_cases import MARGIN_CASES
 
 DIM = 12
-SIZES = {1: [7], 2: [4, 3], 3: [5, 0, 2]}  # rows per rank; one rank of three has none
+LABELS = torch.tensor([1, 2])
+SIZES = {1: [7], 2: [4, 3], 3: [5, 0, 2], 4: [0, 1, 5, 1]}  # rows per rank; some have none
 
 
 def _problem(num_classes: int):
@@ -31,42 +37,69 @@ def _problem(num_classes: int):
     return x, labels
 
 
-def _check_against_dense(group, margin: Margin, num_classes: int) -> None:
-    world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    x_all, labels_all = _problem(num_classes)
-
-    dense_x = x_all.clone().requires_grad_()
-    dense_weight = initial_centres(range(num_classes), DIM, seed=3).double().requires_grad_()
+def _dense(margin: Margin, num_classes: int):
+    """Loss and gradients of the oracle: of embeddings, centres and learned scalars."""
+    x, labels = _problem(num_classes)
+    x.requires_grad_()
+    weight = initial_centres(range(num_classes), DIM, seed=3).double().requires_grad_()
     # As the head keeps it: a float32 at first.
     bias = torch.tensor(math.log(num_classes * getattr(margin, "r", 1) * 10)).double().requires_grad_()
-    expected = dense_margin_loss(dense_x, labels_all, dense_weight, margin, bias)
-    expected.backward()
+    loss = dense_margin_loss(x, labels, weight, margin, bias)
+    loss.backward()
+    return loss.detach(), x.grad, weight.grad, bias.grad
 
+
+def _check_against_dense(group, margin: Margin, num_classes: int, expected, chunk: int, budget: int) -> None:
+    world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    x_all, labels_all = _problem(num_classes)
     low = sum(SIZES[world][:rank])
     own = slice(low, low + SIZES[world][rank])
-    head = ShardedMarginHead(num_classes, DIM, margin, group=group, seed=3).double()
+    head = ShardedMarginHead(num_classes, DIM, margin, group=group, seed=3, memory_budget=budget).double()
     x = x_all[own].clone().requires_grad_()
-    loss = head(x, labels_all[own])
-    loss.backward()
+    with mock.patch.object(fused, "CPU_CHUNK", chunk):
+        loss = head(x, labels_all[own])
+        loss.backward()
 
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(x.grad, dense_x.grad[own], rtol=1e-10, atol=1e-12)
+    expected_loss, expected_x, expected_weight, expected_bias = expected
+    torch.testing.assert_close(loss.detach(), expected_loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, expected_x[own], rtol=1e-10, atol=1e-12)
     classes = slice(head.classes.start, head.classes.stop)
-    torch.testing.assert_close(head.weight.grad, dense_weight.grad[classes], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head.weight.grad, expected_weight[classes], rtol=1e-10, atol=1e-12)
     for parameter in head.margin_state.parameters():
-        torch.testing.assert_close(parameter.grad, bias.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(parameter.grad, expected_bias, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("margin", MARGIN_CASES)
-@pytest.mark.parametrize("num_classes", [3, 10, 11])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_loss_and_gradients_equal_dense(margin, num_classes, world):
-    run_distributed(world, _check_against_dense, margin, num_classes)
+def _check_sizes_and_plans(group, margin: Margin, expected) -> None:
+    for num_classes, dense in expected:
+        # One chunk, kept; chunks that do not divide, kept; the same, computed again; chunks of one class.
+        for chunk, budget in ((2048, 1 << 30), (3, 1 << 30), (3, 10_000), (2048, 1)):
+            _check_against_dense(group, margin, num_classes, dense, chunk, budget)
+
+
+def _check_margins(group, cases) -> None:
+    for margin, expected in cases:
+        try:
+            _check_sizes_and_plans(group, margin, expected)
+        except AssertionError as error:
+            error.add_note(f"with {margin}")
+            raise
+
+
+@pytest.fixture(scope="module")
+def dense_cases():
+    """Margins with what the oracle says at several numbers of classes."""
+    margins = [case.values[0] for case in MARGIN_CASES]
+    return [(margin, [(n, _dense(margin, n)) for n in (4, 5, 10, 11)]) for margin in margins]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_loss_and_gradients_equal_dense(world, dense_cases):
+    run_distributed(world, _check_margins, dense_cases)
 
 
 @pytest.mark.parametrize("margin", MARGIN_CASES)
 def test_without_a_process_group(margin):
-    _check_against_dense(None, margin, 10)
+    _check_sizes_and_plans(None, margin, [(n, _dense(margin, n)) for n in (1, 2, 10)])
 
 
 def _check_weights_and_norms(group) -> None:
@@ -106,9 +139,9 @@ def test_weights_multiply_the_losses_penalty_and_all(margin):
     torch.testing.assert_close(head(x, labels, weights_B=weights), (each * weights).mean())
 
 
-def _check_rank_without_classes(group) -> None:
+def _check_rank_without_classes(group, margin: Margin) -> None:
     # Five classes over four ranks: ceil shares leave the last rank none.
-    head = ShardedMarginHead(5, DIM, create_margin("cosface"), group=group).double()
+    head = ShardedMarginHead(5, DIM, margin, group=group).double()
     assert len(head.classes) == [2, 2, 1, 0][dist.get_rank(group)]
     x = torch.randn(2, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank(group)))
     loss = head(x.requires_grad_(), torch.tensor([0, 4]))
@@ -117,14 +150,17 @@ def _check_rank_without_classes(group) -> None:
     assert x.grad.abs().sum() > 0
 
 
-def test_a_rank_may_own_no_class():
-    run_distributed(4, _check_rank_without_classes)
+@pytest.mark.parametrize("margin", ["cosface", "curricularface", "uniface"])
+def test_a_rank_may_own_no_class(margin):
+    run_distributed(4, _check_rank_without_classes, create_margin(margin))
+
+
+NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
 
 def _count_collectives(group, margin: str, screening: SampleScreening | None, expected: dict[str, int]) -> None:
     counts = Counter()
-    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all")
-    originals = {name: getattr(dist, name) for name in names}
+    originals = {name: getattr(dist, name) for name in NAMES}
 
     def counted(name):
         def call(*args, **kwargs):
@@ -134,22 +170,51 @@ def _count_collectives(group, margin: str, screening: SampleScreening | None, ex
         return call
 
     head = ShardedMarginHead(10, DIM, create_margin(margin), group=group, screening=screening)
-    with mock.patch.multiple(dist, **{name: counted(name) for name in names}):
-        head(torch.randn(3, DIM, requires_grad=True), torch.tensor([1, 5, 9])).backward()
-    assert counts == {"all_gather_into_tensor": 3, "reduce_scatter_tensor": 1} | expected
+    rank = dist.get_rank(group)
+
+    def step(rows: int, sizes: list[int] | None) -> Counter:
+        counts.clear()
+        x = torch.randn(rows, DIM, requires_grad=True)
+        head(x, torch.arange(rows), weights_B=torch.ones(rows), sizes=sizes).backward()
+        return +counts
+
+    with mock.patch.multiple(dist, **{name: counted(name) for name in NAMES}):
+        one_more = Counter({"all_gather_into_tensor": 1})
+        assert step(3 + rank, None) == Counter(expected) + one_more  # nobody knows yet how long batches are
+        for rows in (4 - rank, rank, 3 + rank):  # one of them empty
+            assert step(rows, None) == expected
+        assert sum(expected.values()) <= 4
+        assert step(5 + rank, [5, 6]) == expected
+        assert step(5, None) == Counter(expected) + one_more
 
 
-@pytest.mark.parametrize(
-    ("margin", "screening", "more"),
-    [
-        *((name, None, {}) for name in ("arcface", "cosface", "combined", "adaface", "magface")),
-        # Target cosines for all ranks; the gradient of the learned threshold.
-        *((name, None, {"all_reduce": 1}) for name in ("mv_softmax", "curricularface", "uniface")),
-        ("arcface", SampleScreening(), {"all_reduce": 1}),
-    ],
-)
-def test_four_collectives_a_step_and_one_more_where_needed(margin, screening, more):
-    run_distributed(2, _count_collectives, margin, screening, more)
+@pytest.mark.parametrize("screening", [None, SampleScreening()])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_at_most_four_collectives_a_step(margin, screening):
+    expected = {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 1}
+    if margin in ("mv_softmax", "curricularface"):
+        expected["all_reduce"] = 1  # the other classes' logits need the target cosines of all ranks
+    run_distributed(2, _count_collectives, margin, screening, expected)
+
+
+def _check_errors_reach_all_ranks(group) -> None:
+    head = ShardedMarginHead(10, DIM, create_margin("arcface"), group=group)
+    rank = dist.get_rank(group)
+    labels = torch.tensor([1, 12 if rank == 1 else 3])
+    with pytest.raises(ValueError, match=r"labels in \[1, 12\].*10 classes: valid are 0 to 9"):
+        head(torch.randn(2, DIM), labels)
+    x = torch.randn(2, DIM)
+    if rank == 0:
+        x[1, 4] = math.inf
+    with pytest.raises(NonFiniteEmbeddingError, match=r"1 of 4 embeddings.*row 1 \(label 7\)"):
+        head(x, torch.tensor([1, 7]))
+    with pytest.raises(ValueError, match=rf"rank {rank} of 2 has 2 rows.*sizes=\[3, 3\]"):
+        head(torch.randn(2, DIM), torch.tensor([1, 7]), sizes=[3, 3])
+    head(torch.randn(2, DIM, requires_grad=True), torch.tensor([1, 7])).backward()  # still in step with each other
+
+
+def test_errors_of_one_rank_are_raised_on_all():
+    run_distributed(2, _check_errors_reach_all_ranks)
 
 
 @given(st.integers(1, 200), st.integers(1, 20))
@@ -193,6 +258,72 @@ def test_bad_labels_are_named(call, text):
         call(ShardedMarginHead(10, DIM, create_margin("arcface")))
 
 
-def test_only_the_exact_head_exists():
-    with pytest.raises(ValueError, match=r"sample_rate=0.1"):
-        ShardedMarginHead(10, DIM, create_margin("arcface"), sample_rate=0.1)
+def test_settings_are_checked():
+    margin = create_margin("arcface")
+    for options, text in (
+        ({"sample_rate": 0.0}, r"sample_rate=0.0 must lie in"),
+        ({"sample_rate": 1.5}, r"sample_rate=1.5 must lie in"),
+        ({"memory_budget": 0}, r"memory_budget=0 must lie in"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ShardedMarginHead(10, DIM, margin, **options)
+    with pytest.raises(ValueError, match=r"embeddings of shape \[2, 5\] must be of shape \[B, 12\]"):
+        ShardedMarginHead(10, DIM, margin)(torch.randn(2, 5), torch.tensor([1, 2]))
+    with pytest.raises(NonFiniteEmbeddingError, match=r"1 of 2 embeddings.*row 1 \(label 2\)"):
+        ShardedMarginHead(10, DIM, margin)(torch.full((2, DIM), math.nan).index_fill(0, torch.tensor(0), 1.0), LABELS)
+
+
+def _train_sharded(group, steps: int, losses) -> None:
+    rank = dist.get_rank(group)
+    head = ShardedMarginHead(103, DIM, create_margin("cosface", scale=16.0), group=group, seed=3)
+    encoder = torch.nn.Linear(20, DIM)
+    with torch.no_grad():
+        encoder.weight.copy_(_encoder())
+        encoder.bias.zero_()
+    optimizer = SGDConfig(learning_rate=0.1).build([encoder, head])
+    for step in range(steps):
+        inputs, labels = _inputs(step)
+        rows = slice(*[(0, 5), (5, 13), (13, 16)][rank])
+        loss = head(encoder(inputs[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in encoder.parameters():  # as DDP would, but for its mean
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        if rank == 0:
+            losses[step] = loss.item()
+
+
+def _encoder() -> torch.Tensor:
+    return torch.randn(DIM, 20, generator=torch.Generator().manual_seed(5)) / 4
+
+
+def _inputs(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(0, 103, (16,), generator=generator)
+    people = torch.randn(103, 20, generator=torch.Generator().manual_seed(9))
+    return people[labels] + 0.3 * torch.randn(16, 20, generator=generator), labels
+
+
+def test_200_steps_over_3_ranks_equal_200_dense_steps():
+    steps = 200
+    losses = torch.zeros(steps).share_memory_()
+    run_distributed(3, _train_sharded, steps, losses)
+
+    # Dense, written out, in float64, with torch's own optimizer.
+    encoder = _encoder().double().requires_grad_()
+    bias = torch.zeros(DIM, dtype=torch.float64, requires_grad=True)
+    weight = initial_centres(range(103), DIM, seed=3).double().requires_grad_()
+    groups = [{"params": [encoder, weight], "weight_decay": 5e-4}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    expected = []
+    for step in range(steps):
+        inputs, labels = _inputs(step)
+        cosine = F.normalize(inputs.double() @ encoder.T + bias) @ F.normalize(weight).T
+        loss = F.cross_entropy(16 * (cosine - 0.4 * F.one_hot(labels, 103)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert expected[-1] < 0.5 * expected[0]
+    torch.testing.assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)

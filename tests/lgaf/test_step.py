@@ -142,13 +142,20 @@ def _check_first_gradients(group) -> None:
 
 
 def _plain_step(
-    group, seed: int = 3, precision: str = "float32", dropout: float = 0.4, backbone: str = "tiny"
+    group,
+    seed: int = 3,
+    precision: str = "float32",
+    dropout: float = 0.4,
+    backbone: str = "tiny",
+    sample_rate: float = 1.0,
+    **options,
 ) -> TrainStep:
     torch.manual_seed(0)
     model = LGAFConfig(backbone=backbone, embedding_dim=8, num_heads=2, dropout=dropout).build()
-    head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("cosface", margin=0.2, scale=8.0), group=group)
+    margin = create_margin("cosface", margin=0.2, scale=8.0)
+    head = ShardedMarginHead(NUM_CLASSES, 8, margin, group=group, sample_rate=sample_rate)
     schedule = StepSchedule(milestones=(0.5,), warmup=0.2)
-    return TrainStep(model, head, RECIPE, schedule, 6, group=group, precision=precision, seed=seed)
+    return TrainStep(model, head, RECIPE, schedule, 6, group=group, precision=precision, seed=seed, **options)
 
 
 def _rank_rows(group, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +201,24 @@ def _check_runs_repeat(group) -> None:
         assert torch.equal(value, uninterrupted[name]), name
 
 
+def _check_ways_of_updating(group) -> None:
+    """A run goes on where another stopped, whichever of them moves its centres in the backward pass; sampled too."""
+    for rate in (1.0, 0.4):
+        expected = _losses(_plain_step(group, sample_rate=rate), 5)
+        for before, after in ((True, True), (True, False), (False, True)):
+            stopped = _plain_step(group, sample_rate=rate, update_head_in_backward=before)
+            losses = _losses(stopped, 2)
+            assert (stopped.head.weight.grad is None) == before
+            restored = _plain_step(group, sample_rate=rate, update_head_in_backward=after)
+            saved = _flat(training_state(stopped))
+            with torch.no_grad():
+                for name, value in _flat(training_state(restored)).items():
+                    value.copy_(saved[name])
+            restored.num_steps_done = 2
+            # The gradient is the same; where it counts at once, that of a chunk is added to its centres sooner.
+            torch.testing.assert_close(losses + _losses(restored, 5), expected, rtol=1e-5, atol=0)
+
+
 def _check_ranks_differ_in_dropout(group) -> None:
     step = _plain_step(group)
     masks = _record_masks(step)
@@ -217,6 +242,18 @@ def test_runs_of_several_ranks_repeat_and_restore_bit_for_bit(world):
 
 def test_a_run_of_one_process_repeats_and_restores():
     _check_runs_repeat(None)
+
+
+def test_centres_may_move_within_the_backward_pass():
+    _check_ways_of_updating(None)
+    run_distributed(2, _check_ways_of_updating)
+
+
+def test_bfloat16_head_with_a_float32_network():
+    exact, rounded = (_losses(_plain_step(None, head_precision=kind), 3) for kind in ("float32", "bfloat16"))
+    assert rounded != exact
+    assert rounded[0] == pytest.approx(exact[0], rel=2**-8)
+    assert rounded[2] == pytest.approx(exact[2], rel=0.1)  # the batch norms of eight rows make much of a difference
 
 
 def _record_masks(step: TrainStep) -> list[torch.Tensor]:

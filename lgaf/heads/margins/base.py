@@ -87,9 +87,14 @@ class Margin(ABC):
         Args:
             cosine_GC: Cosines of the embeddings and all class centres of this part.
             target_cosine_G: Cosines with the own classes, without gradient; only with ``needs_all_targets``.
-            state: Statistics and learned scalars.
+            state: Statistics and learned scalars; the latter may come as columns [G, 1], one copy a sample.
         """
         return self.scale * cosine_GC
+
+    @property
+    def plain_negatives(self) -> bool:
+        """Whether `negative_logits` is scale * cosine: then heads need not ask for it, nor for its derivative."""
+        return type(self).negative_logits is Margin.negative_logits
 
     def penalty(self, norm_N: Tensor) -> Tensor | None:
         """What a sample's norm adds to its loss [N], differentiable; None: nothing."""

@@ -59,6 +59,11 @@ class Combined(Margin):
         angle_N = self.m1 * torch.acos(cosine_N.clamp(-1 + EPSILON, 1 - EPSILON)) + self.m2
         return self.scale * (angle_N.clamp(EPSILON, math.pi - EPSILON).cos() - self.m3)
 
+    @property
+    def plain_negatives(self) -> bool:
+        """Whether there is no filter."""
+        return self.interclass_filtering_threshold == 0.0
+
     def negative_logits(
         self, cosine_GC: Tensor, target_cosine_G: Tensor | None = None, state: State = EMPTY_STATE
     ) -> Tensor:

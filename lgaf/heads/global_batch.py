@@ -1,0 +1,115 @@
+"""What a rank sees of all ranks' samples, and the checks that all ranks make alike."""
+
+# Shape legend: B = batch on this rank, G = global batch, D = embedding, L = learned scalars of the margin
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgaf.distributed import RowExchange, scale_gradient, world_size
+from lgaf.heads.centres import unit
+
+
+class NonFiniteEmbeddingError(ValueError):
+    """An embedding holds NaN or infinity: the run diverged, or an image or a weight is damaged."""
+
+
+class GlobalBatch(NamedTuple):
+    """Samples of all ranks, in rank order.
+
+    Attributes:
+        unit_GD: Embeddings of length 1.
+        labels_G: Global class ids.
+        norm_G: Quality norms.
+        weight_G: Factors of the losses; None: all 1.
+        learned_L: Learned scalars of the margin, their gradients summed over the ranks.
+    """
+
+    unit_GD: Tensor
+    labels_G: Tensor
+    norm_G: Tensor
+    weight_G: Tensor | None
+    learned_L: Tensor
+
+
+class BatchExchange:
+    """Makes the global batch of each rank's own, in one all-gather (see `RowExchange`)."""
+
+    def __init__(self, exchange: RowExchange) -> None:
+        self._exchange = exchange
+        self._packed_BE = torch.empty(0)
+        self._labels_B = torch.empty(0)
+
+    def start(
+        self,
+        embedding_BD: Tensor,
+        labels_B: Tensor,
+        norms_B: Tensor | None,
+        weights_B: Tensor | None,
+        sizes: Sequence[int] | None,
+    ) -> None:
+        """Send this rank's samples: unit embeddings, with labels, norms and weights as columns beside them."""
+        norms_B = torch.linalg.vector_norm(embedding_BD, dim=1) if norms_B is None else norms_B
+        # Labels travel as the bits of a float column: an all-gather only copies, so they arrive exactly.
+        bits = labels_B.to(_integers(embedding_BD.dtype)).view(embedding_BD.dtype)
+        columns = [bits, norms_B] if weights_B is None else [bits, norms_B, weights_B]
+        beside_B = torch.stack([column.to(embedding_BD.dtype) for column in columns], dim=1)
+        self._packed_BE = torch.cat([unit(embedding_BD), beside_B], dim=1)
+        self._labels_B = labels_B
+        self._exchange.start(self._packed_BE, sizes)
+
+    def finish(self, embedding_dim: int, learned_L: Tensor) -> GlobalBatch:
+        """Receive everyone's."""
+        world = world_size(self._exchange.group)
+        packed_GE, learned_L = self._exchange.finish(self._packed_BE, learned_L)
+        unit_GD, beside_G = packed_GE[:, :embedding_dim].contiguous(), packed_GE[:, embedding_dim:]
+        bits_G = beside_G[:, 0].detach().contiguous().view(_integers(packed_GE.dtype))
+        labels_G = self._labels_B if world == 1 else bits_G.long()
+        # All ranks weigh all rows alike, so each finds the whole gradient, of which the exchange sums W.
+        weight_G = scale_gradient(beside_G[:, 2], 1 / world) if beside_G.shape[1] > 2 else None
+        self._packed_BE = self._labels_B = torch.empty(0)
+        return GlobalBatch(unit_GD, labels_G, beside_G[:, 1], weight_G, learned_L)
+
+
+def check_own_shapes(embedding_BD: Tensor, embedding_dim: int, **beside: Tensor | None) -> None:
+    """Raise ``ValueError`` unless there is one number of each kind an embedding."""
+    if embedding_BD.ndim != 2 or embedding_BD.shape[1] != embedding_dim:
+        raise ValueError(f"embeddings of shape {list(embedding_BD.shape)} must be of shape [B, {embedding_dim}]")
+    for name, value in beside.items():
+        if value is None:
+            continue
+        if value.ndim != 1:
+            raise ValueError(f"{name} of shape {list(value.shape)} must be one number an embedding, of shape [B]")
+        if value.shape[0] != embedding_BD.shape[0]:
+            raise ValueError(f"{embedding_BD.shape[0]} embeddings came with {value.shape[0]} {name}")
+
+
+def check_values(batch: GlobalBatch, num_classes: int) -> None:
+    """Look for labels without a class and embeddings that are no numbers; all ranks see, and raise, the same.
+
+    Raises:
+        ValueError: A label outside [0, num_classes).
+        NonFiniteEmbeddingError: NaN or infinity in an embedding.
+    """
+    labels_G = batch.labels_G
+    if labels_G.numel() and (int(labels_G.min()) < 0 or int(labels_G.max()) >= num_classes):
+        raise ValueError(
+            f"labels in [{int(labels_G.min())}, {int(labels_G.max())}] do not fit the head's {num_classes} classes: "
+            f"valid are 0 to {num_classes - 1}"
+        )
+    # An infinite one has length infinity, and divided by it holds NaN.
+    finite_G = batch.unit_GD.isfinite().all(dim=1)
+    if not bool(finite_G.all()):
+        rows = (~finite_G).nonzero().squeeze(1).tolist()
+        raise NonFiniteEmbeddingError(
+            f"{len(rows)} of {len(finite_G)} embeddings of the global batch are not finite, the first is row {rows[0]} "
+            f"(label {int(labels_G[rows[0]])}): the network diverged, or an image or weight is damaged"
+        )
+
+
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.float64 else torch.int32

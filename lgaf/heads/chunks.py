@@ -12,7 +12,7 @@ Chunks lie classes first, [k, G]: their product with the embeddings is then writ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,10 @@ from lgaf.heads.centres import LEAST_NORM, Centres
 from lgaf.heads.margins import Margin
 from lgaf.heads.objective import Softmax, exclude
 from lgaf.heads.products import Products
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None], Tensor]
+"""As `lgaf.heads.triton_softmax.exponentials`."""
 
 
 class Shares(NamedTuple):
@@ -102,6 +106,16 @@ def fixed_shift(scale: float, num_classes: int, dtype: torch.dtype) -> float | N
     return shift if -scale - shift > math.log(limits.smallest_normal) else None
 
 
+def kernel_for(unit_GD: Tensor) -> Kernel | None:
+    """The Triton kernel in place of the chunk's operations where it can run: same numbers, no pass over the logits."""
+    if not unit_GD.is_cuda or unit_GD.dtype != torch.float32:
+        return None
+    # Only here: elsewhere nothing of Triton is to be loaded.
+    from lgaf.heads import triton_softmax
+
+    return triton_softmax.exponentials if triton_softmax.available(unit_GD.device) else None
+
+
 class PlainSoftmaxChunks:
     """Log-sum-exp of scale * cosine.
 
@@ -111,18 +125,19 @@ class PlainSoftmaxChunks:
     def __init__(
         self, unit_GD: Tensor, centres: Centres, columns_G: Tensor, scale: float, shift: float, products: Products
     ) -> None:
-        self._unit_GD, self._columns_G = products.operand(unit_GD), columns_G
+        self._unit_GD, self._columns_G = products.operand(unit_GD).contiguous(), columns_G
         self._inverse_norm_K = centres.inverse_norm_K
         self._scale, self._shift, self._products = scale, shift, products
+        self._kernel = kernel_for(unit_GD)
         self._rows_G = torch.arange(len(columns_G), device=columns_G.device)
         self._nothing_G0 = unit_GD.new_zeros(len(columns_G), 0)
         self._sums_G = unit_GD.new_zeros(len(columns_G))
 
     def add(self, weight_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
         """See `Chunks`."""
-        exponentials_kG, sums_G = self._exponentials(weight_kD, chunk)
+        exponentials_kG, sums_G = self._exponentials(weight_kD, chunk, keep)
         self._sums_G += sums_G
-        return self._shares(exponentials_kG) if keep else None
+        return None if exponentials_kG is None or not keep else Shares(exponentials_kG, self._nothing_G0)
 
     def accumulated(self) -> Tensor:
         """See `Chunks`; the lowest float where there is no other class."""
@@ -131,7 +146,9 @@ class PlainSoftmaxChunks:
 
     def shares(self, weight_kD: Tensor, chunk: slice) -> Shares:
         """See `Chunks`."""
-        return self._shares(self._exponentials(weight_kD, chunk)[0])
+        exponentials_kG = self._exponentials(weight_kD, chunk, True)[0]
+        assert exponentials_kG is not None
+        return Shares(exponentials_kG, self._nothing_G0)
 
     def coefficients(self, grad_G: Tensor) -> Tensor:
         """See `Chunks`."""
@@ -143,12 +160,17 @@ class PlainSoftmaxChunks:
         """See `Chunks`."""
         return 2 * num_rows * itemsize
 
-    def _shares(self, exponentials_kG: Tensor) -> Shares:
-        return Shares(self._products.operand(exponentials_kG), self._nothing_G0)
-
-    def _exponentials(self, weight_kD: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    def _exponentials(self, weight_kD: Tensor, chunk: slice, store: bool) -> tuple[Tensor | None, Tensor]:
+        """The exponentials of a chunk, if they are to be stored, and their sums [G]."""
         inverse_norm_k = self._inverse_norm_K[chunk]
         size = len(weight_kD)
+        if self._kernel is not None:
+            shape = (size, len(self._rows_G))
+            out_kG = weight_kD.new_empty(shape, dtype=self._products.operands) if store else None
+            row_G = self._columns_G - chunk.start
+            operand_kD = self._products.operand(weight_kD)
+            sums_G = self._kernel(operand_kD, self._unit_GD, inverse_norm_k, row_G, self._scale, self._shift, out_kG)
+            return out_kG, sums_G
         # One row more than classes: where own classes of other chunks are struck out, without asking which they are
         # (asking would wait for an accelerator).
         padded = weight_kD.new_empty(size + 1, len(self._rows_G))
@@ -163,7 +185,8 @@ class PlainSoftmaxChunks:
         row_G = self._columns_G - chunk.start
         row_G = torch.where((row_G >= 0) & (row_G < size), row_G, size)
         padded.index_put_((row_G, self._rows_G), padded.new_zeros(()))
-        return exponentials_kG, torch.mv(exponentials_kG.t(), inverse_norm_k.reciprocal())
+        sums_G = torch.mv(exponentials_kG.t(), inverse_norm_k.reciprocal())
+        return self._products.operand(exponentials_kG), sums_G
 
 
 class AnyChunks:

@@ -65,19 +65,26 @@ class SampledSGD(torch.optim.SGD):
             rule = RowRule(group["lr"], group["momentum"], group["weight_decay"])
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.is_sparse:
-                    gradient = parameter.grad.coalesce()
                     sparse.append((parameter, parameter.grad))
-                    rows_K = gradient.indices()[0]
+                    rows_K, values_KD = _rows_once(parameter.grad)
                     buffer = self.state[parameter]["momentum_buffer"]
-                    for rows, part in zip(
-                        rows_K.split(ROWS_AT_ONCE), gradient.values().split(ROWS_AT_ONCE), strict=True
-                    ):
-                        rule.move(parameter, buffer, rows, part)
+                    blocks = zip(torch.split(rows_K, ROWS_AT_ONCE), torch.split(values_KD, ROWS_AT_ONCE), strict=True)
+                    for rows, part_kD in blocks:
+                        rule.move(parameter, buffer, rows, part_kD)
                     parameter.grad = None
         super().step()
         for parameter, gradient in sparse:
             parameter.grad = gradient
         return loss
+
+
+def _rows_once(gradient_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a sparse gradient, each once, and their values; those of several backward passes are summed."""
+    rows_K = gradient_CD._indices()[0]
+    # Autograd forgets that the rows of one pass are in order; to coalesce them again would be to copy them.
+    if not bool((rows_K[1:] > rows_K[:-1]).all()):
+        gradient_CD = gradient_CD.coalesce()
+    return gradient_CD._indices()[0], gradient_CD._values()
 
 
 class RowRule(NamedTuple):

@@ -23,7 +23,6 @@ from lgaf.heads.margins import Margin
 from lgaf.heads.objective import Softmax, exclude
 from lgaf.heads.products import Products
 
-
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None], Tensor]
 """As `lgaf.heads.triton_softmax.exponentials`."""
 

@@ -8,8 +8,10 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lgaf.config import require_in_range, require_positive
+from lgaf.distributed import all_reduce_sum
 
 # Rows of a sparse gradient that are moved together; bounds the copies.
 ROWS_AT_ONCE: Final = 65_536
@@ -80,11 +82,56 @@ class SampledSGD(torch.optim.SGD):
 
 def _rows_once(gradient_CD: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a sparse gradient, each once, and their values; those of several backward passes are summed."""
-    rows_K = gradient_CD._indices()[0]
-    # Autograd forgets that the rows of one pass are in order; to coalesce them again would be to copy them.
-    if not bool((rows_K[1:] > rows_K[:-1]).all()):
+    if not _in_order(gradient_CD):
         gradient_CD = gradient_CD.coalesce()
     return gradient_CD._indices()[0], gradient_CD._values()
+
+
+def _in_order(gradient_CD: Tensor) -> bool:
+    """Whether each row is there once, ascending. Autograd forgets that it is; to coalesce again would be to copy."""
+    rows_K = gradient_CD._indices()[0]
+    return bool((rows_K[1:] > rows_K[:-1]).all())
+
+
+@torch.no_grad()
+def clip_gradients(
+    replicated: Iterable[nn.Parameter], sharded: Iterable[nn.Parameter], max_norm: float, group: ProcessGroup | None
+) -> Tensor:
+    """Scale all gradients down so that the norm of all of them together is at most ``max_norm``; their norm before.
+
+    As `torch.nn.utils.clip_grad_norm_`, for a class-sharded head too: each rank has other rows, so the squares of
+    sharded parameters are summed over the group (one all-reduce of one number), and gradients may be sparse.
+
+    Args:
+        replicated: Parameters whose gradients are the same on all ranks.
+        sharded: Parameters of which each rank has a part.
+        max_norm: Of the gradient.
+        group: The ranks; None for this process alone.
+    """
+    require_positive("max_norm", max_norm)
+    same, own = _gradient_values(replicated), _gradient_values(sharded)
+    device = next((value.device for value in [*same, *own]), None)
+    norm = (all_reduce_sum(_squares(own, device), group) + _squares(same, device)).sqrt()
+    for value in [*same, *own]:
+        value.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0).to(value.dtype))
+    return norm
+
+
+def _squares(values: list[Tensor], device: torch.device | None) -> Tensor:
+    return sum((value.square().sum() for value in values), torch.zeros((), device=device))
+
+
+def _gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The numbers of the gradients that there are; of sparse ones those of their rows, each row once."""
+    values = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            if not _in_order(parameter.grad):
+                parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad._values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    return values
 
 
 class RowRule(NamedTuple):

@@ -28,6 +28,15 @@ ROWS = {
 DEFAULT = ("LGAF", "b=4", "Energy", "ADD", "LGAF (ArcFace)")
 
 
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{number}")
+    for name in ("README.md", "docs/head.md")
+    for number, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    )
+]
+
+
 def _settings() -> dict[tuple[str, str], list[str]]:
     (block,) = re.findall(r"^```text\n(.*?)^```$", FIDELITY, flags=re.MULTILINE | re.DOTALL)
     cells = [re.split(r" {2,}", line) for line in block.splitlines()]
@@ -39,6 +48,11 @@ def _config(flags: list[str]) -> TrainConfig:
 
 
 SETTINGS = _settings()
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code):
+    exec(compile(code, "example", "exec"), {})
 
 
 def test_every_row_of_the_tables_has_its_setting():

@@ -55,7 +55,9 @@ class BatchExchange:
         """Send this rank's samples: unit embeddings, with labels, norms and weights as columns beside them."""
         norms_B = torch.linalg.vector_norm(embedding_BD, dim=1) if norms_B is None else norms_B
         # Labels travel as the bits of a float column: an all-gather only copies, so they arrive exactly.
-        bits = labels_B.to(_integers(embedding_BD.dtype)).view(embedding_BD.dtype)
+        integers = _integers(embedding_BD.dtype)
+        # A label beyond 32 bits stays out of range, instead of becoming another class.
+        bits = labels_B.clamp(-1, torch.iinfo(integers).max).to(integers).view(embedding_BD.dtype)
         columns = [bits, norms_B] if weights_B is None else [bits, norms_B, weights_B]
         beside_B = torch.stack([column.to(embedding_BD.dtype) for column in columns], dim=1)
         self._packed_BE = torch.cat([unit(embedding_BD), beside_B], dim=1)

@@ -12,7 +12,7 @@ from lgaf.heads.class_shard import class_range
 from lgaf.heads.margins import create_margin
 from lgaf.heads.sampling import sampled_rows
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SampledSGD, SGDConfig, UpdateInBackward
+from lgaf.optim import SampledSGD, SGDConfig, UpdateInBackward, clip_gradients
 from lgaf.reference import dense_margin_loss
 from tests.distributed import run_distributed
 from tests.lgaf.margin_cases import MARGIN_CASES
@@ -260,3 +260,51 @@ class TestSampledSGD:
             heads.append(head)
         torch.testing.assert_close(heads[1].weight, heads[0].weight)
         assert optimizer.step(lambda: 3.5) == 3.5
+
+
+class TestClipping:
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((20, 3), (4, 5), (6,))]
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        return parameters
+
+    @pytest.mark.parametrize("max_norm", [0.5, 100.0])
+    def test_is_torchs_for_dense_and_sparse_gradients(self, max_norm):
+        ours, theirs = self._parameters(), self._parameters()
+        sparse = ours[0].grad.to_sparse(1)
+        # One row in two parts, as after two backward passes.
+        ours[0].grad = torch.sparse_coo_tensor(
+            torch.cat([sparse.indices(), sparse.indices()[:, :1]], 1),
+            torch.cat([sparse.values()[:1] * 0.25, sparse.values()[1:], sparse.values()[:1] * 0.75]),
+            (20, 3),
+            check_invariants=True,
+        )
+        expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        torch.testing.assert_close(clip_gradients(ours[1:], ours[:1], max_norm, None), expected)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad.to_dense(), other.grad)
+
+    def test_shards_count_as_the_one_tensor_they_are(self):
+        run_distributed(2, _check_clipped_shards)
+
+    def test_no_gradient_is_norm_0(self):
+        assert clip_gradients([torch.nn.Parameter(torch.ones(2))], [], 1.0, None) == 0
+
+    def test_the_norm_must_be_positive(self):
+        with pytest.raises(ValueError, match="max_norm=0 must be greater than 0"):
+            clip_gradients([], [], 0, None)
+
+
+def _check_clipped_shards(group) -> None:
+    whole, other = TestClipping()._parameters()[:2]
+    shard = torch.nn.Parameter(torch.zeros(10, 3))
+    rows = slice(10 * dist.get_rank(group), 10 * dist.get_rank(group) + 10)
+    shard.grad = whole.grad[rows].clone()
+    replicated = torch.nn.Parameter(torch.zeros(4, 5))
+    replicated.grad = other.grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_([whole, other], 0.5)
+    torch.testing.assert_close(clip_gradients([replicated], [shard], 0.5, group), expected)
+    torch.testing.assert_close(shard.grad, whole.grad[rows])
+    torch.testing.assert_close(replicated.grad, other.grad)

@@ -14,7 +14,7 @@ from lgaf.config import require_in_range, require_positive
 from lgaf.distributed import all_reduce_sum
 
 # Rows of a sparse gradient that are moved together; bounds the copies.
-ROWS_AT_ONCE: Final = 65_536
+ROWS_AT_ONCE: Final = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,6 +89,10 @@ class RowExchange:
         if world_size(self.group) == 1:
             return value_BD, shared_L
         sizes, gathered_WRD = self._received(value_BD)
+        if torch.is_grad_enabled() and not value_BD.requires_grad:
+            # All ranks or none take part in the backward collective: one whose rows need no gradient (it may have no
+            # rows) would else leave the others waiting.
+            value_BD = value_BD.detach().requires_grad_()
         rows_GD, shared_L = _ExchangeRows.apply(  # type: ignore[no-untyped-call]
             value_BD, shared_L, gathered_WRD, sizes, self.group
         )

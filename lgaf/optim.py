@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
 from lgaf.config import require_in_range, require_positive
 from lgaf.distributed import all_reduce_sum
@@ -51,9 +53,18 @@ class SampledSGD(torch.optim.SGD):
     """Momentum SGD that leaves alone what had no part in a step.
 
     Where a gradient is sparse (a head that looks at a sample of its classes), only its rows see gradient, momentum and
-    weight decay; torch's own would let all rows' momentum run on, and refuses weight decay. Dense gradients go to
-    torch's.
+    weight decay; torch's own would let all rows' momentum run on, and refuses weight decay. Dense gradients move as by
+    torch's own, to the bit.
+
+    Args:
+        params: Parameters or groups of them.
+        lr: Learning rate.
+        momentum: Factor of the momentum.
+        weight_decay: Of all parameters, unless their group has its own.
     """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -62,22 +73,38 @@ class SampledSGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sparse = []
         for group in self.param_groups:
             rule = RowRule(group["lr"], group["momentum"], group["weight_decay"])
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    sparse.append((parameter, parameter.grad))
-                    rows_K, values_KD = _rows_once(parameter.grad)
-                    buffer = self.state[parameter]["momentum_buffer"]
-                    blocks = zip(torch.split(rows_K, ROWS_AT_ONCE), torch.split(values_KD, ROWS_AT_ONCE), strict=True)
-                    for rows, part_kD in blocks:
-                        rule.move(parameter, buffer, rows, part_kD)
-                    parameter.grad = None
-        super().step()
-        for parameter, gradient in sparse:
-            parameter.grad = gradient
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if parameter.grad.is_sparse:
+                    self._move_rows(parameter, rule)
+            self._move_dense([parameter for parameter in moved if not parameter.grad.is_sparse], rule)
         return loss
+
+    def _move_rows(self, parameter: Tensor, rule: RowRule) -> None:
+        assert parameter.grad is not None
+        rows_K, values_KD = _rows_once(parameter.grad)
+        buffer = self.state[parameter]["momentum_buffer"]
+        blocks = zip(torch.split(rows_K, ROWS_AT_ONCE), torch.split(values_KD, ROWS_AT_ONCE), strict=True)
+        for rows, part_kD in blocks:
+            rule.move(parameter, buffer, rows, part_kD)
+
+    def _move_dense(self, parameters: list[Tensor], rule: RowRule) -> None:
+        # Not super().step(): hooks of a step would be called twice.
+        sgd(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [self.state[parameter]["momentum_buffer"] for parameter in parameters],
+            weight_decay=rule.weight_decay,
+            momentum=rule.momentum,
+            lr=rule.learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
 
 def _rows_once(gradient_CD: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +197,16 @@ class UpdateInBackward:
         self.momentum_buffer = torch.zeros_like(weight_CD)
 
     def __call__(self, rows: slice | Tensor, gradient_kD: Tensor) -> None:
-        """Move some rows by their gradient."""
+        """Move some rows by their gradient.
+
+        Raises:
+            ValueError: The head was moved to another device or type after this was made.
+        """
+        weight, buffer = self._weight_CD, self.momentum_buffer
+        if (weight.dtype, weight.device) != (buffer.dtype, buffer.device):
+            raise ValueError(
+                f"the centres are {weight.dtype} on {weight.device}, their momentum {buffer.dtype} on {buffer.device}: "
+                "move the head first, then make its UpdateInBackward"
+            )
         rule = RowRule(self.learning_rate, self._config.momentum, self._config.weight_decay)
-        rule.move(self._weight_CD, self.momentum_buffer, rows, gradient_kD)
+        rule.move(weight, buffer, rows, gradient_kD)

@@ -92,6 +92,8 @@ class HeadConfig:
                 f"--head.options, any of: {', '.join(own)}"
             )
         given = {k: v for k, v in {"margin": self.margin, "scale": self.scale}.items() if v is not None}
+        if "r" in own and "r" not in self.options:
+            given["r"] = self.sample_rate  # UniFace's threshold starts from the number of classes that are seen
         for twice in given.keys() & self.options.keys():
             raise ValueError(f"head.{twice}={given[twice]!r} is in head.options too: {self.options[twice]!r}")
         return create_margin(self.name, **given, **self.options)

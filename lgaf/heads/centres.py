@@ -86,7 +86,8 @@ class Centres:
     def own(self, columns_G: Tensor) -> tuple[Tensor, Tensor]:
         """The own centres [G, D] of the samples and their inverse norms [G]; zeros where another rank has them."""
         if not len(self):
-            return self.weight_CD.new_zeros(len(columns_G), self.weight_CD.shape[1]), columns_G.to(self.weight_CD.dtype)
+            nothing_GD = self.weight_CD.new_zeros(len(columns_G), self.weight_CD.shape[1])
+            return nothing_GD, nothing_GD.new_zeros(len(columns_G))
         owned_G = columns_G >= 0
         position_G = columns_G.clamp_min(0)
         row_G = position_G if self.rows_K is None else self.rows_K[position_G]

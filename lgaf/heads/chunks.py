@@ -89,7 +89,7 @@ def chunks_of(
     if margin.plain_negatives and isinstance(margin.objective, Softmax):
         shift = fixed_shift(margin.scale, len(centres), unit_GD.dtype)
         if shift is not None:
-            return PlainSoftmaxChunks(unit_GD, centres, columns_G, margin.scale, shift, products)
+            return PlainSoftmaxChunks(unit_GD, centres, columns_G, margin.scale, shift, products, len(learned))
     return AnyChunks(unit_GD, centres, columns_G, margin, state, learned, target_cosine_G, products)
 
 
@@ -122,36 +122,45 @@ class PlainSoftmaxChunks:
     """
 
     def __init__(
-        self, unit_GD: Tensor, centres: Centres, columns_G: Tensor, scale: float, shift: float, products: Products
+        self,
+        unit_GD: Tensor,
+        centres: Centres,
+        columns_G: Tensor,
+        scale: float,
+        shift: float,
+        products: Products,
+        num_learned: int,
     ) -> None:
         self._unit_GD, self._columns_G = products.operand(unit_GD).contiguous(), columns_G
         self._inverse_norm_K = centres.inverse_norm_K
         self._scale, self._shift, self._products = scale, shift, products
         self._kernel = kernel_for(unit_GD)
         self._rows_G = torch.arange(len(columns_G), device=columns_G.device)
-        self._nothing_G0 = unit_GD.new_zeros(len(columns_G), 0)
+        # Learned scalars have no part in plain logits.
+        self._nothing_GL = unit_GD.new_zeros(1, num_learned).expand(len(columns_G), -1)
         self._sums_G = unit_GD.new_zeros(len(columns_G))
 
     def add(self, weight_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
         """See `Chunks`."""
         exponentials_kG, sums_G = self._exponentials(weight_kD, chunk, keep)
         self._sums_G += sums_G
-        return None if exponentials_kG is None or not keep else Shares(exponentials_kG, self._nothing_G0)
+        return None if exponentials_kG is None or not keep else Shares(exponentials_kG, self._nothing_GL)
 
     def accumulated(self) -> Tensor:
         """See `Chunks`; the lowest float where there is no other class."""
         lowest = torch.finfo(self._sums_G.dtype).min
-        return torch.where(self._sums_G > 0, self._sums_G.log() + self._shift, lowest)
+        # Not "where above 0": a centre that is NaN must make the loss NaN, not vanish.
+        return torch.where(self._sums_G == 0, lowest, self._sums_G.log() + self._shift)
 
     def shares(self, weight_kD: Tensor, chunk: slice) -> Shares:
         """See `Chunks`."""
         exponentials_kG = self._exponentials(weight_kD, chunk, True)[0]
         assert exponentials_kG is not None
-        return Shares(exponentials_kG, self._nothing_G0)
+        return Shares(exponentials_kG, self._nothing_GL)
 
     def coefficients(self, grad_G: Tensor) -> Tensor:
         """See `Chunks`."""
-        per_exponential_G = torch.where(self._sums_G > 0, self._scale * grad_G / self._sums_G, 0.0)
+        per_exponential_G = torch.where(self._sums_G == 0, 0.0, self._scale * grad_G / self._sums_G)
         return per_exponential_G[None]
 
     @staticmethod
@@ -255,7 +264,9 @@ class AnyChunks:
             return number_G, None
         # Each sample's number depends on its own row alone: the gradient of each by its row, in one go.
         ones_G = torch.ones_like(number_G)
-        slopes_GC, *learned_G1 = torch.autograd.grad(number_G, [cosine_GC, *learned.values()], ones_G)
+        slopes_GC, *learned_G1 = torch.autograd.grad(
+            number_G, [cosine_GC, *learned.values()], ones_G, materialize_grads=True
+        )
         shares_kG = self._products.operand((slopes_GC.t() * inverse_norm_k1).contiguous())
         learned_GL = torch.cat([number_G.new_zeros(len(number_G), 0), *learned_G1], dim=1)
         return number_G.detach(), Shares(shares_kG, learned_GL)

@@ -94,9 +94,10 @@ class FusedPass:
     def plan(self, chunks: Chunks, num_rows: int) -> Plan:
         """Chunks within the budget."""
         weight = self.centres.weight_CD
-        copies = (
-            (self.centres.rows_K is not None) + (self.products.operands != weight.dtype) + (self.update is not None)
-        )
+        sampled, updates = self.centres.rows_K is not None, self.update is not None
+        # Copies [k, D] at one time: the product with the gradient, then what is not a view of something kept: centres,
+        # rounded operands, gradient, and an update's weight decay and rows of centres and momentum.
+        copies = 1 + sampled + 2 * (self.products.operands != weight.dtype) + updates * (2 + 2 * sampled)
         return plan_chunks(
             len(self.centres),
             chunks.bytes_per_class(num_rows, weight.itemsize) + copies * weight.shape[1] * weight.itemsize,
@@ -146,6 +147,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         chunks = problem.chunks(unit_GD, dict(zip(names, learned_L, strict=True)))
         plan = problem.plan(chunks, len(unit_GD))
+        differentiate = differentiate and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for chunk in problem.centres.chunks(plan.chunk):
             shares = chunks.add(problem.centres[chunk], chunk, differentiate and plan.keep)
@@ -170,7 +172,6 @@ def _backward(ctx: Any, grad_G: Tensor, grad_cosine_G: Tensor) -> tuple[Tensor |
     centres, products = problem.centres, problem.products
     wants_unit, wants_weight, wants_learned = ctx.needs_input_grad[:3]
     own = _OwnClasses(problem, unit_GD, cosine_G, grad_cosine_G)
-    gradient_GD = torch.zeros_like(unit_GD)
     gradients = _CentreGradients(problem) if wants_weight else None
     coefficients_PG = ctx.chunks.coefficients(grad_G)
     gradient_GD, learned_grad_L = torch.zeros_like(unit_GD), unit_GD.new_zeros(ctx.num_learned)

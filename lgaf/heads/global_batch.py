@@ -57,6 +57,7 @@ class BatchExchange:
         # Labels travel as the bits of a float column: an all-gather only copies, so they arrive exactly.
         integers = _integers(embedding_BD.dtype)
         # A label beyond 32 bits stays out of range, instead of becoming another class.
+        labels_B = labels_B.long()
         bits = labels_B.clamp(-1, torch.iinfo(integers).max).to(integers).view(embedding_BD.dtype)
         columns = [bits, norms_B] if weights_B is None else [bits, norms_B, weights_B]
         beside_B = torch.stack([column.to(embedding_BD.dtype) for column in columns], dim=1)

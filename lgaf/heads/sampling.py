@@ -35,14 +35,15 @@ def sampled_rows(classes: range, labels_G: Tensor, rate: float, seed: int, step:
     """
     key = _signed(int(np.random.SeedSequence((SAMPLING_SEED, seed, step)).generate_state(1, np.uint64)[0]))
     bound = int(rate * (1 << _BITS))
-    chosen_C = torch.empty(len(classes), dtype=torch.bool, device=labels_G.device)
+    # One entry more than classes: for the labels of other ranks, which need not be told from the others first.
+    chosen_C = torch.zeros(len(classes) + 1, dtype=torch.bool, device=labels_G.device)
     for low in range(0, len(classes), BLOCK):
         high = min(low + BLOCK, len(classes))
         ids = torch.arange(classes.start + low, classes.start + high, device=labels_G.device)
         chosen_C[low:high] = _hash(ids, key) < bound
     local_G = labels_G - classes.start
-    chosen_C[local_G[(local_G >= 0) & (local_G < len(classes))]] = True
-    return chosen_C.nonzero().squeeze(1)
+    chosen_C[torch.where((local_G >= 0) & (local_G < len(classes)), local_G, len(classes))] = True
+    return chosen_C[:-1].nonzero().squeeze(1)
 
 
 def _hash(ids: Tensor, key: int) -> Tensor:

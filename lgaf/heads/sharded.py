@@ -67,7 +67,8 @@ class ShardedMarginHead(nn.Module):
     Attributes:
         weight: Class centres [C, D] of this rank.
         classes: Their global ids.
-        step: Selects the sample of classes; moves on with each forward pass in training mode.
+        step: Selects the sample of classes; moves on with each forward pass in training mode. Not part of the state: a
+            resumed loop sets it (`lgaf.step.TrainStep` does).
         update: Where set, takes the gradients of the centres chunk by chunk in the backward pass, and ``weight`` gets
             no gradient (see `lgaf.optim.UpdateInBackward`).
 
@@ -134,10 +135,15 @@ class ShardedMarginHead(nn.Module):
             sizes: B of every rank where the caller knows them: an accelerator need not be waited for then.
 
         Raises:
-            ValueError: Shapes that do not match, and, on a CPU, a label outside [0, num_classes). (On an accelerator
-                the loss is then NaN: to ask would be to wait for it.)
+            ValueError: Centres that are neither float32 nor float64, shapes that do not match, and, on a CPU, a label
+                outside [0, num_classes). (On an accelerator the loss is then NaN: to ask would be to wait for it.)
             NonFiniteEmbeddingError: NaN or infinity in an embedding, on a CPU.
         """
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the head's centres are {self.weight.dtype}, which is too coarse to learn in: leave them float32 (or "
+                "float64) and call the head under torch.autocast for products in bfloat16"
+            )
         check_own_shapes(embedding_BD, self.embedding_dim, labels=labels_B, norms=norms_B, weights=weights_B)
         products = Products.for_autocast(self.weight.device, self.weight.dtype)
         with torch.autocast(embedding_BD.device.type, enabled=False):
@@ -183,11 +189,11 @@ class ShardedMarginHead(nn.Module):
         self, learned: Mapping[str, Tensor], target_cosine_G: Tensor | None, norm_G: Tensor
     ) -> dict[str, Tensor]:
         """The statistics of the margin, moved by this batch in training mode."""
-        state = dict(self.margin_state.named_buffers())
+        # Copies, not the buffers: these change with the next step, maybe before this one's backward pass.
+        state = {name: value.clone() for name, value in self.margin_state.named_buffers()}
         if self.training:
             moved = self.margin.next_state({**state, **learned}, target_cosine_G, norm_G)
             self.margin_state.keep(moved)
-            # The new tensors, not the buffers: these change with the next step, maybe before this one's backward.
             state |= moved
         return state
 

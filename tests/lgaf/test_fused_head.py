@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -10,14 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgaf.heads import fused
 from lgaf.heads.centres import LEAST_NORM
-from lgaf.heads.chunks import fixed_shift
+from lgaf.heads.chunks import PlainSoftmaxChunks, fixed_shift
 from lgaf.heads.fused import plan_chunks
 from lgaf.heads.margins import create_margin
+from lgaf.heads.margins.base import EMPTY_STATE
+from lgaf.heads.margins.cosface import CosFace
 from lgaf.heads.sharded import ShardedMarginHead
+from lgaf.optim import SGDConfig, UpdateInBackward
 from lgaf.reference import dense_margin_loss
 from tests.lgaf.margin_cases import MARGIN_CASES
 
@@ -111,9 +116,26 @@ class TestBfloat16:
     def test_a_double_head_stays_double(self):
         x, labels = _problem(torch.float64)
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface")).double()
+        expected = head(x, labels)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(head(x, labels), head(x, labels))
-            assert head(x, labels).dtype == torch.float64
+            assert torch.equal(head(x, labels), expected)
+        assert expected.dtype == torch.float64
+
+    def test_every_operand_of_a_product_is_rounded(self):
+        x, labels = _problem()
+        for budget in (1 << 30, 1):
+            head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"), memory_budget=budget)
+            with _Recorded() as recorded, torch.autocast("cpu", torch.bfloat16):
+                _gradients(head, x, labels)
+            assert len(recorded.operands) >= 3
+            assert all(torch.equal(value, value.bfloat16().to(value)) for pair in recorded.operands for value in pair)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_coarse_centres_are_refused(self, dtype):
+        x, labels = _problem()
+        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface")).to(dtype)
+        with pytest.raises(ValueError, match=rf"centres are {dtype}.*under torch.autocast"):
+            head(x, labels)
 
 
 class TestAutograd:
@@ -139,6 +161,49 @@ class TestAutograd:
         first, second = head(x, labels), head(2 * x, labels)
         (first + second).backward()
         torch.testing.assert_close(head.weight.grad, 2 * expected)
+
+    def test_statistics_of_a_later_step_do_not_reach_back(self):
+        x, labels = _problem(torch.float64)
+        margin = create_margin("curricularface", alpha=1.0, scale=8.0)
+        for mode in (True, False):  # in evaluation the statistics are the head's own, which training moves
+            head = ShardedMarginHead(NUM_CLASSES, DIM, margin, memory_budget=1).double()
+            other = ShardedMarginHead(NUM_CLASSES, DIM, margin, memory_budget=1).double()
+            near = 50 * head.weight.detach()[labels] + 0.3 * x
+            expected = _gradients(other.train(mode), near, labels)[1]
+            near.requires_grad_()
+            first = head.train(mode)(near, labels)
+            head.train()(-near.detach(), labels)
+            first.backward()
+            torch.testing.assert_close(near.grad, expected, rtol=1e-12, atol=0)
+
+    def test_what_was_kept_ends_with_the_backward_pass(self):
+        x, labels = _problem()
+        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
+        loss = head(x, labels)
+        loss.backward()
+        (node,) = set(_nodes(loss.grad_fn, "_FusedBackward"))  # one, met on the ways of both its outputs
+        assert not any(isinstance(value, list) for value in vars(node).values())
+        with pytest.raises(RuntimeError, match="freed"):
+            _ = node.saved_tensors
+
+    def test_nothing_is_kept_where_nothing_is_differentiated(self):
+        x, labels = _problem()
+        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
+        add = PlainSoftmaxChunks.add
+        kept = []
+
+        def recorded(self, weight, chunk, keep):
+            kept.append(keep)
+            return add(self, weight, chunk, keep)
+
+        with mock.patch.object(PlainSoftmaxChunks, "add", recorded):
+            with torch.no_grad():
+                head(x.clone().requires_grad_(), labels)
+            head.weight.requires_grad_(False)
+            head(x, labels)
+            assert kept == [False, False]
+            head(x.clone().requires_grad_(), labels)
+        assert kept[2:] == [True]
 
     def test_backward_twice_over_a_kept_graph(self):
         x, labels = _problem(torch.float64)
@@ -210,6 +275,53 @@ class TestAutograd:
         assert all(value.isfinite().all() for value in _gradients(head, x, labels))
 
 
+def _nodes(node, name: str) -> list:
+    if node is None:
+        return []
+    found = [node] if type(node).__name__ == name else []
+    return found + [inner for parent, _ in node.next_functions for inner in _nodes(parent, name)]
+
+
+@pytest.mark.parametrize("margin", MARGIN_CASES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_centre_that_is_no_number_makes_the_loss_nan(margin, value):
+    x, labels = _problem()
+    head = ShardedMarginHead(NUM_CLASSES, DIM, margin)
+    other = next(c for c in range(NUM_CLASSES) if c not in labels.tolist())
+    with torch.no_grad():
+        head.weight[other, 0] = value
+    loss, grad_x, _ = _gradients(head, x, labels)
+    assert loss.isnan()
+    assert grad_x.isnan().any()
+
+
+@pytest.mark.parametrize("margin", MARGIN_CASES)
+def test_embeddings_on_their_centres_give_finite_gradients(margin):
+    _, labels = _problem()
+    head = ShardedMarginHead(NUM_CLASSES, DIM, margin)
+    for sign in (50.0, -50.0):
+        values = _gradients(head, sign * head.weight.detach()[labels], labels)
+        assert all(value.isfinite().all() for value in values)
+
+
+def test_a_plain_margin_may_learn_a_scalar_too():
+    @dataclasses.dataclass(frozen=True)
+    class Learned(CosFace):
+        def initial_parameters(self, num_classes):
+            return {"m": torch.tensor(0.3)}
+
+        def target_logit(self, cosine_N, norm_N=None, state=EMPTY_STATE):
+            return self.scale * (cosine_N - state["m"])
+
+    x, labels = _problem(torch.float64)
+    head = ShardedMarginHead(NUM_CLASSES, DIM, Learned(scale=8.0)).double()
+    expected = _gradients(ShardedMarginHead(NUM_CLASSES, DIM, CosFace(margin=0.3, scale=8.0)).double(), x, labels)
+    found = _gradients(head, x, labels)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-9)  # 0.3 is a float32 at first
+    assert head.margin_state.m.grad > 0
+
+
 class TestPlan:
     @given(
         st.integers(1, 10**7),
@@ -234,6 +346,30 @@ class TestPlan:
             head = ShardedMarginHead(classes, 16, create_margin(margin))
             assert {size for size in _tensor_sizes(head, rows) if size > 2049 * rows} <= {classes * 16}
 
+    @pytest.mark.parametrize("rate", [1.0, 0.5])
+    @pytest.mark.parametrize("in_backward", [False, True])
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("margin", ["arcface", "curricularface"])
+    def test_temporary_memory_stays_within_the_budget(self, margin, precision, in_backward, rate):
+        classes, dim, rows, budget = 8_192, 256, 32, 4 << 20
+        head = ShardedMarginHead(classes, dim, create_margin(margin), memory_budget=budget, sample_rate=rate)
+        if in_backward:
+            head.update = UpdateInBackward(head.weight, SGDConfig())
+        x, labels = torch.randn(rows, dim, requires_grad=True), torch.arange(rows)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = head(x, labels)
+            loss.backward()
+        held = peak = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        if head.weight.grad is not None:
+            peak -= (head.weight.grad._values() if rate < 1 else head.weight.grad).nbytes
+        # Besides: norms and ids of the classes, a few matrices of the batch.
+        assert budget / 4 < peak < budget + 40 * classes + 16 * 4 * rows * dim
+
     def test_fewer_products_where_shares_are_kept(self):
         counts = []
         for budget in (1 << 30, 1 << 17):
@@ -246,18 +382,20 @@ class TestPlan:
 
 
 class _Recorded(TorchDispatchMode):
-    """Sizes of all tensors that are made, and the work of all matrix products."""
+    """Sizes of all tensors that are made, operands and work of all matrix products."""
 
     def __init__(self):
         super().__init__()
         self.seen: list[int] = []
         self.multiplications = 0
+        self.operands: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = args[-2:]
             self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+            self.operands.append((a, b))
         self.seen += [
             value.numel() for value in torch.utils._pytree.tree_leaves(out) if isinstance(value, torch.Tensor)
         ]

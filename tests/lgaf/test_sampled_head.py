@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lgaf import optim
+from lgaf.heads import centres, sampling
 from lgaf.heads.class_shard import class_range
 from lgaf.heads.margins import create_margin
 from lgaf.heads.sampling import sampled_rows
@@ -44,6 +49,9 @@ class TestDraw:
         for other in (
             sampled_rows(range(5_000), labels, 0.2, seed=2, step=5),
             sampled_rows(range(5_000), labels, 0.2, seed=1, step=6),
+            sampled_rows(range(5_000), labels, 0.2, seed=6, step=1),
+            sampled_rows(range(5_000), labels, 0.2, seed=5, step=1),
+            sampled_rows(range(5_000), labels, 0.2, seed=0, step=6),  # the same sum
         ):
             # Two draws share no more than chance has it.
             shared = len(set(first.tolist()) & set(other.tolist()))
@@ -60,6 +68,15 @@ class TestDraw:
         assert (counts - 200).abs().max() < 5 * 180**0.5
         together = (steps[:, :-1] * steps[:, 1:]).sum() / steps[:, 1:].numel()
         assert together == pytest.approx(0.01, rel=0.05)
+
+    def test_does_not_depend_on_the_block(self):
+        labels = torch.tensor([3, 999])
+        whole = sampled_rows(range(500, 1_500), labels, 0.2, seed=1, step=5)
+        with mock.patch.object(sampling, "BLOCK", 7):
+            assert torch.equal(sampled_rows(range(500, 1_500), labels, 0.2, seed=1, step=5), whole)
+        assert 499 in whole.tolist()
+        # A label of another rank is no row of this one.
+        assert torch.equal(sampled_rows(range(500, 1_500), labels[1:], 0.2, seed=1, step=5), whole)
 
     @given(st.integers(1, 3_000), st.integers(1, 6), st.floats(1e-6, 1.0), st.integers(0, 2**31))
     def test_does_not_depend_on_the_world_size(self, num_classes, world, rate, step):
@@ -80,7 +97,8 @@ def test_equals_the_dense_head_over_the_drawn_classes(margin):
     head = ShardedMarginHead(NUM_CLASSES, DIM, margin, sample_rate=RATE, seed=3).double()
     head.step = 17
     own_x = x.clone().requires_grad_()
-    loss = head(own_x, labels)
+    with mock.patch.object(centres, "INIT_BLOCK", 16):  # lengths are taken in blocks
+        loss = head(own_x, labels)
     loss.backward()
 
     rows = sampled_rows(range(NUM_CLASSES), labels, RATE, 3, 17)
@@ -171,6 +189,15 @@ def test_an_update_within_the_backward_pass_is_that_of_the_optimizer(rate):
     assert losses[-1] != losses[0]
 
 
+def test_an_update_made_before_its_head_moved_is_refused():
+    head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
+    head.update = UpdateInBackward(head.weight, RECIPE)
+    head.double()
+    x, labels = _problem()
+    with pytest.raises(ValueError, match=r"float64 on cpu, their momentum torch.float32 on cpu: move the head first"):
+        head(x, labels).backward()
+
+
 def _check_sampled_shards(group, in_backward: bool, weight, buffer, losses) -> None:
     head, own_buffer, own_losses = _trained(group, 6, in_backward, RATE)
     classes = slice(head.classes.start, head.classes.stop)
@@ -241,13 +268,59 @@ class TestSampledSGD:
     def test_gradients_of_two_backward_passes_are_summed_before_they_count(self):
         rows = torch.tensor([4, 9, 4])
         values = torch.randn(3, 3)
-        twice = self._parameter(torch.sparse_coo_tensor(rows[None], values, (20, 3)))
+        twice = self._parameter(torch.sparse_coo_tensor(rows[None], values, (20, 3), check_invariants=True))
         once = self._parameter(
             torch.sparse_coo_tensor(torch.tensor([[4, 9]]), torch.stack([values[0] + values[2], values[1]]), (20, 3))
         )
         self._optimizer(twice).step()
         self._optimizer(once).step()
         torch.testing.assert_close(twice, once)
+
+    def test_rows_that_stand_twice_side_by_side_are_summed(self):
+        values = torch.randn(3, 3)
+        rows = torch.tensor([[4, 4, 9]])
+        twice = self._parameter(torch.sparse_coo_tensor(rows, values, (20, 3), check_invariants=True))
+        dense = self._parameter(twice.grad.to_dense())
+        self._optimizer(twice).step()
+        self._optimizer(dense, torch.optim.SGD).step()
+        torch.testing.assert_close(twice[[4, 9]], dense[[4, 9]])
+
+    def test_rows_move_in_blocks_by_the_rule_of_their_group_beside_dense_ones(self):
+        rows, values = torch.tensor([1, 4, 9, 10, 15]), torch.randn(5, 3)
+        sparse = torch.sparse_coo_tensor(rows[None], values, (20, 3), check_invariants=True)
+        ours = [self._parameter(torch.randn(20, 3)), self._parameter(sparse)]
+        theirs = [self._parameter(ours[0].grad.clone()), self._parameter(sparse.to_dense())]
+        both = []
+        for kind, (first, second) in ((SampledSGD, ours), (torch.optim.SGD, theirs)):
+            groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second], "lr": 0.7, "weight_decay": 0.3}]
+            both.append(kind(groups, lr=0.1, momentum=0.9))
+        with mock.patch.object(optim, "ROWS_AT_ONCE", 2):
+            for optimizer in both:
+                optimizer.step()
+                optimizer.step()
+        assert torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1][rows], theirs[1][rows])
+
+    def test_its_buffers_are_saved_and_restored(self):
+        rows = torch.tensor([[4, 9]])
+        sparse = torch.sparse_coo_tensor(rows, torch.randn(2, 3), (20, 3), check_invariants=True)
+        parameters = [self._parameter(sparse), self._parameter(sparse)]
+        first, second = (SampledSGD([parameter], lr=0.1, momentum=0.9) for parameter in parameters)
+        first.step()  # made by itself, without buffers at first
+        with torch.no_grad():
+            parameters[1].copy_(parameters[0])
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        first.step()
+        second.step()
+        assert torch.equal(parameters[0], parameters[1])
+
+    def test_hooks_of_a_step_run_once(self):
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # torch wraps the class's own step then
+        parameter = self._parameter(torch.ones(20, 3))
+        optimizer, calls = self._optimizer(parameter), []
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        optimizer.step()
+        assert calls == [1]
 
     def test_works_with_a_gradient_scaler_and_a_closure(self):
         x, labels = _problem(dtype=torch.float32)
@@ -259,7 +332,16 @@ class TestSampledSGD:
             scaler.step(optimizer)
             heads.append(head)
         torch.testing.assert_close(heads[1].weight, heads[0].weight)
-        assert optimizer.step(lambda: 3.5) == 3.5
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = heads[1](x, labels)
+            loss.backward()
+            return loss.item()
+
+        before = heads[1].weight.detach().clone()
+        assert optimizer.step(closure) > 0
+        assert not torch.equal(heads[1].weight, before)
 
 
 class TestClipping:

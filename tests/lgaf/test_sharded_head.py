@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lgaf.heads import fused
+from lgaf.heads import fused, sharded
 from lgaf.heads.centres import initial_centres
 from lgaf.heads.class_shard import class_range
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
@@ -210,7 +210,37 @@ def _check_errors_reach_all_ranks(group) -> None:
         head(x, torch.tensor([1, 7]))
     with pytest.raises(ValueError, match=rf"rank {rank} of 2 has 2 rows.*sizes=\[3, 3\]"):
         head(torch.randn(2, DIM), torch.tensor([1, 7]), sizes=[3, 3])
+    with pytest.raises(ValueError, match="the global batch is empty"):
+        head(torch.empty(0, DIM), torch.empty(0, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"labels in \[1, 2147483647\]"):
+        head(torch.randn(2, DIM), torch.tensor([1, 2**32 + 3 if rank == 0 else 3]))
+    # A rank without rows need not ask for their gradient.
+    rows = torch.empty(0, DIM) if rank == 0 else torch.randn(3, DIM, requires_grad=True)
+    head(rows, torch.arange(len(rows))).backward()
+    assert head.weight.grad.any()
+    head.weight.requires_grad_(rank == 1)
     head(torch.randn(2, DIM, requires_grad=True), torch.tensor([1, 7])).backward()  # still in step with each other
+
+
+def _check_nan_centre(group) -> None:
+    for name in ("cosface", "curricularface"):
+        head = ShardedMarginHead(10, DIM, create_margin(name), group=group)
+        if dist.get_rank(group) == 1:
+            with torch.no_grad():
+                head.weight[3, 2] = math.nan
+        loss = head(torch.randn(2, DIM), torch.tensor([0, 1]))
+        assert loss.isnan(), name
+
+
+def test_a_damaged_shard_is_seen_by_all_ranks():
+    run_distributed(2, _check_nan_centre)
+
+
+def test_labels_that_nobody_has_make_the_loss_nan_where_they_are_not_looked_at():
+    head = ShardedMarginHead(10, DIM, create_margin("cosface"))
+    with mock.patch.object(sharded, "check_values"):  # as on an accelerator
+        for label in (-1, 10, 2**40):
+            assert head(torch.randn(2, DIM), torch.tensor([3, label])).isnan()
 
 
 def test_errors_of_one_rank_are_raised_on_all():

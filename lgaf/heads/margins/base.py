@@ -16,6 +16,7 @@ A margin overrides what it changes; the defaults are softmax over scaled cosines
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Final
@@ -103,9 +104,8 @@ class Margin(ABC):
 
 def cosine_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     """cos(theta + margin) from cos(theta) by the addition theorem, with a finite gradient at +-1."""
-    margin = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
     sine = (1.0 - cosine.square()).clamp_min(_LEAST_SQUARED_SINE).sqrt()
-    return cosine * margin.cos() - sine * margin.sin()
+    return cosine * _cos(margin) - sine * _sin(margin)
 
 
 def straight_through(value: Tensor, cosine: Tensor) -> Tensor:
@@ -119,5 +119,13 @@ def guarded_cosine_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     The line goes on falling where the cosine would rise again (ArcFace's own guard, kept by CurricularFace, TFace and
     MagFace).
     """
-    margin = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
-    return torch.where(cosine > -margin.cos(), cosine_of_sum(cosine, margin), cosine - margin * margin.sin())
+    return torch.where(cosine > -_cos(margin), cosine_of_sum(cosine, margin), cosine - margin * _sin(margin))
+
+
+# A number stays one: as a tensor it would be copied to the device, which waits for it.
+def _cos(angle: float | Tensor) -> float | Tensor:
+    return angle.cos() if isinstance(angle, Tensor) else math.cos(angle)
+
+
+def _sin(angle: float | Tensor) -> float | Tensor:
+    return angle.sin() if isinstance(angle, Tensor) else math.sin(angle)

@@ -157,3 +157,23 @@ def test_bad_json_is_named(change, text):
 def test_a_missing_key_is_named():
     with pytest.raises(ValueError, match="TrainConfig: missing preset"):
         from_dict(TrainConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sample_rate": 0.0}, r"head\.sample_rate=0\.0 must lie in"),
+        ({"sample_rate": 1.1}, r"head\.sample_rate=1\.1 must lie in"),
+        ({"memory_budget_mib": 0}, r"head\.memory_budget_mib=0 must lie in"),
+        ({"precision": "float16"}, r"head\.precision='float16'.*float32, bfloat16"),
+        ({"update": "later"}, r"head\.update='later'.*optimizer, backward"),
+    ],
+)
+def test_settings_of_the_head_are_checked(options, text):
+    with pytest.raises(ValueError, match=text):
+        HeadConfig(**options)
+
+
+def test_uniface_starts_from_the_classes_that_it_sees():
+    assert HeadConfig(name="uniface", sample_rate=0.2).create() == create_margin("uniface", r=0.2)
+    assert HeadConfig(name="uniface", sample_rate=0.2, options={"r": 0.5}).create() == create_margin("uniface", r=0.5)

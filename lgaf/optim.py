@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.optim.sgd import sgd
 
 from lgaf.config import require_in_range, require_positive
 from lgaf.distributed import all_reduce_sum
+
+if TYPE_CHECKING:
+    from lgaf.heads.sharded import ShardedMarginHead
 
 # Rows of a sparse gradient that are moved together; bounds the copies.
 ROWS_AT_ONCE: Final = 16_384
@@ -183,18 +186,24 @@ class RowRule(NamedTuple):
 class UpdateInBackward:
     """Moves a head's centres chunk by chunk in the backward pass, so that no gradient of all of them ever exists.
 
-    Set as ``head.update``. One backward pass is then one step: there is no accumulating over several, no clipping of
-    this gradient, and the loss must not be scaled (no GradScaler).
+    One backward pass is then one step: there is no accumulating over several, no clipping of this gradient, and the
+    loss must not be scaled (no GradScaler). The head's learned scalars, if any, are left to an optimizer
+    (``config.build([head.margin_state])``).
+
+    Args:
+        head: On its device; this becomes its ``update``.
+        config: The recipe.
 
     Attributes:
         learning_rate: To be set before each backward pass.
         momentum_buffer: As the optimizer would hold it.
     """
 
-    def __init__(self, weight_CD: nn.Parameter, config: SGDConfig) -> None:
-        self._weight_CD, self._config = weight_CD, config
+    def __init__(self, head: ShardedMarginHead, config: SGDConfig) -> None:
+        self._weight_CD, self._config = head.weight, config
         self.learning_rate = config.learning_rate
-        self.momentum_buffer = torch.zeros_like(weight_CD)
+        self.momentum_buffer = torch.zeros_like(head.weight)
+        head.update = self
 
     def __call__(self, rows: slice | Tensor, gradient_kD: Tensor) -> None:
         """Move some rows by their gradient.

@@ -71,8 +71,7 @@ class TrainStep:
         seed: int = 0,
     ) -> None:
         self.model, self.head = model, head
-        self.head_update = UpdateInBackward(head.weight, optimizer) if update_head_in_backward else None
-        head.update = self.head_update
+        self.head_update = UpdateInBackward(head, optimizer) if update_head_in_backward else None
         # A head that updates itself leaves its learned scalars alone to the optimizer.
         self.optimizer = optimizer.build([model, head.margin_state if update_head_in_backward else head])
         self.base_learning_rate, self.schedule, self.total_steps = optimizer.learning_rate, schedule, total_steps

@@ -168,7 +168,12 @@ class _Fused(torch.autograd.Function):
 def _backward(ctx: Any, grad_G: Tensor, grad_cosine_G: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments of `_Fused.forward`."""
     problem: FusedPass = ctx.problem
-    unit_GD, _, cosine_G, *kept = ctx.saved_tensors
+    try:
+        unit_GD, _, cosine_G, *kept = ctx.saved_tensors
+    except RuntimeError as error:
+        if problem.update is not None:
+            error.add_note("the centres moved in another backward pass: with an update in it, each one is a step")
+        raise
     centres, products = problem.centres, problem.products
     wants_unit, wants_weight, wants_learned = ctx.needs_input_grad[:3]
     own = _OwnClasses(problem, unit_GD, cosine_G, grad_cosine_G)

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from lgaf.distributed import RowExchange, scale_gradient, world_size
+from lgaf.distributed import RowExchange, all_gather_stack, scale_gradient, world_size
 from lgaf.heads.centres import unit
 
 
@@ -78,10 +80,26 @@ class BatchExchange:
         return GlobalBatch(unit_GD, labels_G, beside_G[:, 1], weight_G, learned_L)
 
 
+def check_agreement(group: ProcessGroup | None, device: torch.device, settings: Mapping[str, object]) -> None:
+    """Compare settings between the ranks, once: with different ones they would wait for each other, or train nonsense.
+
+    Raises:
+        ValueError: Settings of some ranks are not those of the first; on all ranks.
+    """
+    digests = torch.tensor([[zlib.crc32(repr(value).encode()) for value in settings.values()]], device=device)
+    gathered_WN = all_gather_stack(digests, group).flatten(0, 1).cpu()
+    for column, (name, value) in zip(gathered_WN.unbind(dim=1), settings.items(), strict=True):
+        if unlike := (column != column[0]).nonzero().flatten().tolist():
+            raise ValueError(f"the ranks' heads differ in {name}: {value!r} here; ranks {unlike} differ from rank 0")
+
+
 def check_own_shapes(embedding_BD: Tensor, embedding_dim: int, **beside: Tensor | None) -> None:
     """Raise ``ValueError`` unless there is one number of each kind an embedding."""
     if embedding_BD.ndim != 2 or embedding_BD.shape[1] != embedding_dim:
         raise ValueError(f"embeddings of shape {list(embedding_BD.shape)} must be of shape [B, {embedding_dim}]")
+    labels = beside["labels"]
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(f"labels are {labels.dtype}; they must be whole numbers, best int64")
     for name, value in beside.items():
         if value is None:
             continue

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lgaf.config import require_in_range
+from lgaf.config import require_in_range, require_positive
 from lgaf.distributed import RowExchange, all_reduce_sum, gather_for_all, rank_in, world_size
 from lgaf.heads.centres import Centres, initial_centres
 from lgaf.heads.class_shard import class_range
 from lgaf.heads.fused import FusedPass, RowUpdate, fused_pass, own_cosines
-from lgaf.heads.global_batch import BatchExchange, GlobalBatch, check_own_shapes, check_values
+from lgaf.heads.global_batch import (
+    BatchExchange,
+    GlobalBatch,
+    check_agreement,
+    check_own_shapes,
+    check_values,
+)
 from lgaf.heads.margins import Margin
 from lgaf.heads.products import Products
 from lgaf.heads.sampling import sampled_rows
@@ -59,7 +65,10 @@ class ShardedMarginHead(nn.Module):
     Collectives a step: an all-gather of the embeddings with labels, norms and weights beside them, an all-gather of a
     few numbers a sample, a reduce-scatter backward; margins that compare the other classes with the target have an
     all-reduce of the target cosines too. (One all-gather more where a batch is larger than any before and ``sizes`` are
-    not given.) None with a group of one or ``group=None``.
+    not given, and one before the first step that compares the ranks' settings.) None with a group of one or
+    ``group=None``.
+
+    Never put it into DistributedDataParallel, which would give all ranks the centres of the first.
 
     Under autocast to bfloat16 the matrix products take rounded operands; statistics and the target's cosine stay as
     precise as the weights. ``head.double()`` computes in float64.
@@ -100,6 +109,7 @@ class ShardedMarginHead(nn.Module):
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         super().__init__()
+        require_positive("embedding_dim", embedding_dim)
         require_in_range("sample_rate", sample_rate, 1e-6, 1.0)
         require_in_range("memory_budget", memory_budget, 1, 1 << 50)
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
@@ -112,6 +122,14 @@ class ShardedMarginHead(nn.Module):
         self.step = 0
         self.update: RowUpdate | None = None
         self._exchange = RowExchange(group)
+        self._agreed = world_size(group) == 1
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return (
+            f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}, margin={self.margin}, "
+            f"sample_rate={self.sample_rate}, classes={self.classes}"
+        )
 
     def forward(
         self,
@@ -145,6 +163,9 @@ class ShardedMarginHead(nn.Module):
                 "float64) and call the head under torch.autocast for products in bfloat16"
             )
         check_own_shapes(embedding_BD, self.embedding_dim, labels=labels_B, norms=norms_B, weights=weights_B)
+        if not self._agreed:
+            check_agreement(self.group, embedding_BD.device, self._settings())
+            self._agreed = True
         products = Products.for_autocast(self.weight.device, self.weight.dtype)
         with torch.autocast(embedding_BD.device.type, enabled=False):
             batch, centres, columns_G = self._gather(embedding_BD, labels_B, norms_B, weights_B, sizes)
@@ -181,6 +202,18 @@ class ShardedMarginHead(nn.Module):
         if self.training:
             self.step += 1
         return batch, centres, centres.columns(batch.labels_G, self.classes.start)
+
+    def _settings(self) -> dict[str, object]:
+        """What must be the same on all ranks."""
+        return {
+            "num_classes": self.num_classes,
+            "embedding_dim": self.embedding_dim,
+            "margin": self.margin,
+            "sample_rate": self.sample_rate,
+            "seed": self.seed,
+            "screening": self.screening,
+            "dtype": self.weight.dtype,
+        }
 
     def _samples(self) -> bool:
         return self.training and self.sample_rate < 1.0

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,11 @@ def main() -> None:
     """Measure and print."""
     arguments = tyro.cli(Arguments)
     report = Report(arguments.markdown)
+    if (load := os.getloadavg()[0]) > 0.5:
+        report.say(
+            f"Other work is running (load {load:.1f}): threads that wait for each other swing most; take --threads 1, or "
+            "wait, for ratios that mean something."
+        )
     sections = arguments.sections or (CPU_SECTIONS if arguments.device == "cpu" else ("cuda",))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=report.console) as progress:

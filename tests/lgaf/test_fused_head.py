@@ -354,7 +354,7 @@ class TestPlan:
         classes, dim, rows, budget = 8_192, 256, 32, 4 << 20
         head = ShardedMarginHead(classes, dim, create_margin(margin), memory_budget=budget, sample_rate=rate)
         if in_backward:
-            head.update = UpdateInBackward(head.weight, SGDConfig())
+            UpdateInBackward(head, SGDConfig())
         x, labels = torch.randn(rows, dim, requires_grad=True), torch.arange(rows)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):

@@ -161,7 +161,7 @@ def _trained(group, steps: int, in_backward: bool, rate: float, dtype=torch.floa
     ).to(dtype)
     optimizer = None
     if in_backward:
-        head.update = UpdateInBackward(head.weight, RECIPE)
+        UpdateInBackward(head, RECIPE)
     else:
         optimizer = RECIPE.build([head])
     losses = []
@@ -189,9 +189,22 @@ def test_an_update_within_the_backward_pass_is_that_of_the_optimizer(rate):
     assert losses[-1] != losses[0]
 
 
+def test_a_second_backward_pass_with_updates_is_told_what_is_wrong():
+    head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
+    UpdateInBackward(head, RECIPE)
+    x, labels = _problem(dtype=torch.float32)
+    first, second = head(x, labels), head(x, labels)
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        second.backward()
+    assert caught.value.__notes__ == [
+        "the centres moved in another backward pass: with an update in it, each one is a step"
+    ]
+
+
 def test_an_update_made_before_its_head_moved_is_refused():
     head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
-    head.update = UpdateInBackward(head.weight, RECIPE)
+    UpdateInBackward(head, RECIPE)
     head.double()
     x, labels = _problem()
     with pytest.raises(ValueError, match=r"float64 on cpu, their momentum torch.float32 on cpu: move the head first"):
@@ -270,7 +283,12 @@ class TestSampledSGD:
         values = torch.randn(3, 3)
         twice = self._parameter(torch.sparse_coo_tensor(rows[None], values, (20, 3), check_invariants=True))
         once = self._parameter(
-            torch.sparse_coo_tensor(torch.tensor([[4, 9]]), torch.stack([values[0] + values[2], values[1]]), (20, 3))
+            torch.sparse_coo_tensor(
+                torch.tensor([[4, 9]]),
+                torch.stack([values[0] + values[2], values[1]]),
+                (20, 3),
+                check_invariants=True,
+            )
         )
         self._optimizer(twice).step()
         self._optimizer(once).step()

@@ -180,7 +180,8 @@ def _count_collectives(group, margin: str, screening: SampleScreening | None, ex
 
     with mock.patch.multiple(dist, **{name: counted(name) for name in NAMES}):
         one_more = Counter({"all_gather_into_tensor": 1})
-        assert step(3 + rank, None) == Counter(expected) + one_more  # nobody knows yet how long batches are
+        # Once: the settings are compared. And nobody knows yet how long batches are.
+        assert step(3 + rank, None) == Counter(expected) + one_more + one_more
         for rows in (4 - rank, rank, 3 + rank):  # one of them empty
             assert step(rows, None) == expected
         assert sum(expected.values()) <= 4
@@ -195,6 +196,25 @@ def test_at_most_four_collectives_a_step(margin, screening):
     if margin in ("mv_softmax", "curricularface"):
         expected["all_reduce"] = 1  # the other classes' logits need the target cosines of all ranks
     run_distributed(2, _count_collectives, margin, screening, expected)
+
+
+def _check_unlike_heads(group) -> None:
+    rank = dist.get_rank(group)
+    for name, options, text in (
+        ("arcface", {"num_classes": 10 + rank}, "num_classes: 1[01] here; ranks [[]1[]]"),
+        ("arcface", {"sample_rate": 1 - rank / 2}, "sample_rate"),
+        ("arcface", {"seed": rank}, "seed"),
+        (("arcface", "curricularface")[rank], {}, r"margin: \w+\(.*ranks \[1\] differ from rank 0"),
+    ):
+        options = {"num_classes": 10, **options}
+        head = ShardedMarginHead(embedding_dim=DIM, margin=create_margin(name), group=group, **options)
+        for _ in range(2):  # nor does it go on when asked again
+            with pytest.raises(ValueError, match=f"the ranks' heads differ in {text}"):
+                head(torch.randn(2, DIM), torch.tensor([1, 3]))
+
+
+def test_heads_that_differ_are_told_on_all_ranks():
+    run_distributed(2, _check_unlike_heads)
 
 
 def _check_errors_reach_all_ranks(group) -> None:
@@ -288,15 +308,25 @@ def test_bad_labels_are_named(call, text):
         call(ShardedMarginHead(10, DIM, create_margin("arcface")))
 
 
+def test_print_shows_what_it_is():
+    shown = repr(ShardedMarginHead(10, DIM, create_margin("cosface")))
+    assert "num_classes=10, embedding_dim=12, margin=CosFace(margin=0.4, scale=64.0), sample_rate=1.0" in shown
+    assert "classes=range(0, 10)" in shown
+
+
 def test_settings_are_checked():
     margin = create_margin("arcface")
     for options, text in (
         ({"sample_rate": 0.0}, r"sample_rate=0.0 must lie in"),
         ({"sample_rate": 1.5}, r"sample_rate=1.5 must lie in"),
         ({"memory_budget": 0}, r"memory_budget=0 must lie in"),
+        ({"embedding_dim": 0}, r"embedding_dim=0 must be greater than 0"),
     ):
         with pytest.raises(ValueError, match=text):
-            ShardedMarginHead(10, DIM, margin, **options)
+            ShardedMarginHead(10, **{"embedding_dim": DIM, "margin": margin, **options})
+    for labels in (torch.tensor([1.0, 2.0]), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match=rf"labels are {labels.dtype}; they must be whole numbers"):
+            ShardedMarginHead(10, DIM, margin)(torch.randn(2, DIM), labels)
     with pytest.raises(ValueError, match=r"embeddings of shape \[2, 5\] must be of shape \[B, 12\]"):
         ShardedMarginHead(10, DIM, margin)(torch.randn(2, 5), torch.tensor([1, 2]))
     with pytest.raises(NonFiniteEmbeddingError, match=r"1 of 2 embeddings.*row 1 \(label 2\)"):

@@ -88,8 +88,8 @@ def main() -> None:
     report = Report(arguments.markdown)
     if (load := os.getloadavg()[0]) > 0.5:
         report.say(
-            f"Other work is running (load {load:.1f}): threads that wait for each other swing most; take --threads 1, or "
-            "wait, for ratios that mean something."
+            f"Other work is running (load {load:.1f}): threads that wait for each other swing most; take --threads 1, "
+            "or wait, for ratios that mean something."
         )
     sections = arguments.sections or (CPU_SECTIONS if arguments.device == "cpu" else ("cuda",))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

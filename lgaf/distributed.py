@@ -8,12 +8,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# torch 2.13 has new names, and warns of the old ones in every process.
+ALL_GATHER: Final = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER: Final = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 def world_size(group: ProcessGroup | None) -> int:
@@ -41,7 +45,7 @@ def all_gather_stack(value: Tensor, group: ProcessGroup | None) -> Tensor:
         return value.unsqueeze(0)
     # Gloo takes the output only with the ranks' rows end to end.
     gathered = value.new_empty((world_size(group) * value.shape[0], *value.shape[1:]))
-    dist.all_gather_into_tensor(gathered, value.contiguous(), group=group)
+    getattr(dist, ALL_GATHER)(gathered, value.contiguous(), group=group)
     return gathered.view(world_size(group), *value.shape)
 
 
@@ -105,7 +109,7 @@ class RowExchange:
         else:
             own = _pad_rows(value_BD, max(self._sizes))
         self._gathered = own.new_empty((world_size(self.group) * own.shape[0], own.shape[1]))
-        self._work = dist.all_gather_into_tensor(self._gathered, own, group=self.group, async_op=True)
+        self._work = getattr(dist, ALL_GATHER)(self._gathered, own, group=self.group, async_op=True)
 
     def _received(self, value_BD: Tensor) -> tuple[list[int], Tensor]:
         assert self._work is not None
@@ -143,7 +147,7 @@ class _ExchangeRows(torch.autograd.Function):
             part_N[: rows.numel()] = rows.flatten()
         parts_WN[:, end : end + len(grad_L)] = grad_L
         own_N = torch.empty_like(parts_WN[0])
-        dist.reduce_scatter_tensor(own_N, parts_WN.flatten(), group=ctx.group)
+        getattr(dist, REDUCE_SCATTER)(own_N, parts_WN.flatten(), group=ctx.group)
         own_BD = own_N[: sizes[rank] * dim].view(-1, dim)
         return own_BD, own_N[end : end + len(grad_L)], None, None, None
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lgaf.distributed import ALL_GATHER, REDUCE_SCATTER
 from lgaf.heads import fused, sharded
 from lgaf.heads.centres import initial_centres
 from lgaf.heads.class_shard import class_range
@@ -155,7 +156,7 @@ def test_a_rank_may_own_no_class(margin):
     run_distributed(4, _check_rank_without_classes, create_margin(margin))
 
 
-NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+NAMES = ("all_reduce", "all_gather", ALL_GATHER, REDUCE_SCATTER, "broadcast", "all_to_all_single")
 
 
 def _count_collectives(group, margin: str, screening: SampleScreening | None, expected: dict[str, int]) -> None:
@@ -179,7 +180,7 @@ def _count_collectives(group, margin: str, screening: SampleScreening | None, ex
         return +counts
 
     with mock.patch.multiple(dist, **{name: counted(name) for name in NAMES}):
-        one_more = Counter({"all_gather_into_tensor": 1})
+        one_more = Counter({ALL_GATHER: 1})
         # Once: the settings are compared. And nobody knows yet how long batches are.
         assert step(3 + rank, None) == Counter(expected) + one_more + one_more
         for rows in (4 - rank, rank, 3 + rank):  # one of them empty
@@ -192,7 +193,7 @@ def _count_collectives(group, margin: str, screening: SampleScreening | None, ex
 @pytest.mark.parametrize("screening", [None, SampleScreening()])
 @pytest.mark.parametrize("margin", MARGINS)
 def test_at_most_four_collectives_a_step(margin, screening):
-    expected = {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 1}
+    expected = {ALL_GATHER: 2, REDUCE_SCATTER: 1}
     if margin in ("mv_softmax", "curricularface"):
         expected["all_reduce"] = 1  # the other classes' logits need the target cosines of all ranks
     run_distributed(2, _count_collectives, margin, screening, expected)

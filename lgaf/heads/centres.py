@@ -84,14 +84,17 @@ class Centres:
         return torch.where(owned_G, local_G, -1)
 
     def own(self, columns_G: Tensor) -> tuple[Tensor, Tensor]:
-        """The own centres [G, D] of the samples and their inverse norms [G]; zeros where another rank has them."""
+        """The own centres [G, D] of the samples and their inverse norms [G].
+
+        Where another rank has them the inverse norm is 0, and the centre any: every use is a product of both.
+        """
         if not len(self):
             nothing_GD = self.weight_CD.new_zeros(len(columns_G), self.weight_CD.shape[1])
             return nothing_GD, nothing_GD.new_zeros(len(columns_G))
         owned_G = columns_G >= 0
         position_G = columns_G.clamp_min(0)
         row_G = position_G if self.rows_K is None else self.rows_K[position_G]
-        return self.weight_CD[row_G] * owned_G[:, None], self.inverse_norm_K[position_G] * owned_G
+        return self.weight_CD[row_G], self.inverse_norm_K[position_G] * owned_G
 
 
 def _inverse_norm(weight_CD: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,9 @@ from lgaf.heads.centres import LEAST_NORM, Centres
 from lgaf.heads.margins import Margin
 from lgaf.heads.objective import Softmax, exclude
 from lgaf.heads.products import Products
+
+RowUpdate = Callable[[slice | Tensor, Tensor], None]
+"""Takes rows of this rank's centres (a slice, or their numbers) and the gradient [k, D] of these; may change them."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None], Tensor]
 """As `lgaf.heads.triton_softmax.exponentials`."""
@@ -40,9 +44,12 @@ class Shares(NamedTuple):
 
 
 class Chunks(Protocol):
-    """One pass over the classes; `add` each chunk in order, then take `accumulated`, then the gradients' parts."""
+    """One pass over the classes; `add` each chunk in order, then take `accumulated`, then the gradients' parts.
 
-    def add(self, weight_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
+    Centres of a chunk come as operands of products, not normalised.
+    """
+
+    def add(self, operand_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
         """Take a chunk into the statistics; its shares where they are to be kept."""
         ...
 
@@ -50,7 +57,7 @@ class Chunks(Protocol):
         """The number [G] of all chunks so far."""
         ...
 
-    def shares(self, weight_kD: Tensor, chunk: slice) -> Shares:
+    def shares(self, operand_kD: Tensor, chunk: slice) -> Shares:
         """A chunk's shares, computed again."""
         ...
 
@@ -64,33 +71,45 @@ class Chunks(Protocol):
         ...
 
 
-def chunks_of(
-    unit_GD: Tensor,
-    centres: Centres,
-    columns_G: Tensor,
-    margin: Margin,
-    state: Mapping[str, Tensor],
-    learned: Mapping[str, Tensor],
-    target_cosine_G: Tensor | None,
-    products: Products,
-) -> Chunks:
-    """The cheapest way for this margin.
+@dataclass(frozen=True, slots=True)
+class FusedPass:
+    """What a pass over the classes works on besides embeddings and learned scalars.
 
-    Args:
-        unit_GD: Embeddings of length 1.
+    Attributes:
         centres: Centres that the step looks at.
         columns_G: Position of each sample's own class among them; -1 where another rank has it.
         margin: Makes logits of cosines.
         state: Its running statistics.
-        learned: Its learned scalars.
         target_cosine_G: Cosines with the own classes, where the margin wants them.
         products: Multiplies.
+        budget: Bytes of temporary memory.
+        update: Takes the gradient of each chunk's centres, in place of a gradient of all; None: gradients as usual.
     """
+
+    centres: Centres
+    columns_G: Tensor
+    margin: Margin
+    state: Mapping[str, Tensor]
+    target_cosine_G: Tensor | None
+    products: Products
+    budget: int
+    update: RowUpdate | None
+
+
+def chunks_of(unit_GD: Tensor, learned: Mapping[str, Tensor], problem: FusedPass) -> Chunks:
+    """The cheapest way for the problem's margin.
+
+    Args:
+        unit_GD: Embeddings of length 1.
+        learned: Learned scalars of the margin.
+        problem: The rest.
+    """
+    margin = problem.margin
     if margin.plain_negatives and isinstance(margin.objective, Softmax):
-        shift = fixed_shift(margin.scale, len(centres), unit_GD.dtype)
+        shift = fixed_shift(margin.scale, len(problem.centres), unit_GD.dtype)
         if shift is not None:
-            return PlainSoftmaxChunks(unit_GD, centres, columns_G, margin.scale, shift, products, len(learned))
-    return AnyChunks(unit_GD, centres, columns_G, margin, state, learned, target_cosine_G, products)
+            return PlainSoftmaxChunks(unit_GD, problem, shift, len(learned))
+    return AnyChunks(unit_GD, problem, learned)
 
 
 def fixed_shift(scale: float, num_classes: int, dtype: torch.dtype) -> float | None:
@@ -121,28 +140,20 @@ class PlainSoftmaxChunks:
     The shares that are kept are exp(s * cos - r) / length of the centre: so no centre need be normalised.
     """
 
-    def __init__(
-        self,
-        unit_GD: Tensor,
-        centres: Centres,
-        columns_G: Tensor,
-        scale: float,
-        shift: float,
-        products: Products,
-        num_learned: int,
-    ) -> None:
-        self._unit_GD, self._columns_G = products.operand(unit_GD).contiguous(), columns_G
-        self._inverse_norm_K = centres.inverse_norm_K
-        self._scale, self._shift, self._products = scale, shift, products
+    def __init__(self, unit_GD: Tensor, problem: FusedPass, shift: float, num_learned: int) -> None:
+        self._products, columns_G = problem.products, problem.columns_G
+        self._unit_GD, self._columns_G = self._products.operand(unit_GD).contiguous(), columns_G
+        self._inverse_norm_K = problem.centres.inverse_norm_K
+        self._scale, self._shift = problem.margin.scale, shift
         self._kernel = kernel_for(unit_GD)
         self._rows_G = torch.arange(len(columns_G), device=columns_G.device)
         # Learned scalars have no part in plain logits.
         self._nothing_GL = unit_GD.new_zeros(1, num_learned).expand(len(columns_G), -1)
         self._sums_G = unit_GD.new_zeros(len(columns_G))
 
-    def add(self, weight_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
+    def add(self, operand_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
         """See `Chunks`."""
-        exponentials_kG, sums_G = self._exponentials(weight_kD, chunk, keep)
+        exponentials_kG, sums_G = self._exponentials(operand_kD, chunk, keep)
         self._sums_G += sums_G
         return None if exponentials_kG is None or not keep else Shares(exponentials_kG, self._nothing_GL)
 
@@ -152,9 +163,9 @@ class PlainSoftmaxChunks:
         # Not "where above 0": a centre that is NaN must make the loss NaN, not vanish.
         return torch.where(self._sums_G == 0, lowest, self._sums_G.log() + self._shift)
 
-    def shares(self, weight_kD: Tensor, chunk: slice) -> Shares:
+    def shares(self, operand_kD: Tensor, chunk: slice) -> Shares:
         """See `Chunks`."""
-        exponentials_kG = self._exponentials(weight_kD, chunk, True)[0]
+        exponentials_kG = self._exponentials(operand_kD, chunk, True)[0]
         assert exponentials_kG is not None
         return Shares(exponentials_kG, self._nothing_GL)
 
@@ -168,22 +179,21 @@ class PlainSoftmaxChunks:
         """See `Chunks`."""
         return 2 * num_rows * itemsize
 
-    def _exponentials(self, weight_kD: Tensor, chunk: slice, store: bool) -> tuple[Tensor | None, Tensor]:
+    def _exponentials(self, operand_kD: Tensor, chunk: slice, store: bool) -> tuple[Tensor | None, Tensor]:
         """The exponentials of a chunk, if they are to be stored, and their sums [G]."""
         inverse_norm_k = self._inverse_norm_K[chunk]
-        size = len(weight_kD)
+        size = len(operand_kD)
         if self._kernel is not None:
             shape = (size, len(self._rows_G))
-            out_kG = weight_kD.new_empty(shape, dtype=self._products.operands) if store else None
+            out_kG = operand_kD.new_empty(shape) if store else None
             row_G = self._columns_G - chunk.start
-            operand_kD = self._products.operand(weight_kD)
             sums_G = self._kernel(operand_kD, self._unit_GD, inverse_norm_k, row_G, self._scale, self._shift, out_kG)
             return out_kG, sums_G
         # One row more than classes: where own classes of other chunks are struck out, without asking which they are
         # (asking would wait for an accelerator).
-        padded = weight_kD.new_empty(size + 1, len(self._rows_G))
+        padded = operand_kD.new_empty(size + 1, len(self._rows_G), dtype=self._products.result)
         exponentials_kG = padded[:size]
-        self._products.product(self._products.operand(weight_kD), self._unit_GD.t(), out=exponentials_kG)
+        self._products.product(operand_kD, self._unit_GD.t(), out=exponentials_kG)
         torch.addcmul(
             (inverse_norm_k.log() - self._shift)[:, None],
             exponentials_kG,
@@ -200,38 +210,26 @@ class PlainSoftmaxChunks:
 class AnyChunks:
     """Any negatives and objective: autograd over one chunk at a time."""
 
-    def __init__(
-        self,
-        unit_GD: Tensor,
-        centres: Centres,
-        columns_G: Tensor,
-        margin: Margin,
-        state: Mapping[str, Tensor],
-        learned: Mapping[str, Tensor],
-        target_cosine_G: Tensor | None,
-        products: Products,
-    ) -> None:
-        self._unit_GD, self._columns_G = products.operand(unit_GD), columns_G
-        self._inverse_norm_K = centres.inverse_norm_K
-        self._margin, self._target_cosine_G, self._products = margin, target_cosine_G, products
-        self._state = dict(state)
+    def __init__(self, unit_GD: Tensor, problem: FusedPass, learned: Mapping[str, Tensor]) -> None:
+        self._problem, self._products, columns_G = problem, problem.products, problem.columns_G
+        self._unit_GD, self._columns_G = self._products.operand(unit_GD), columns_G
         # One copy a sample, so that autograd finds one derivative a sample.
         self._learned_G1 = {name: value.detach().expand(len(columns_G), 1) for name, value in learned.items()}
         self._numbers_PG: list[Tensor] = []
 
-    def add(self, weight_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
+    def add(self, operand_kD: Tensor, chunk: slice, keep: bool) -> Shares | None:
         """See `Chunks`."""
-        number_G, shares = self._chunk(weight_kD, chunk, keep)
+        number_G, shares = self._chunk(operand_kD, chunk, keep)
         self._numbers_PG.append(number_G)
         return shares
 
     def accumulated(self) -> Tensor:
         """See `Chunks`."""
-        return self._margin.objective.join(self._stacked())
+        return self._problem.margin.objective.join(self._stacked())
 
-    def shares(self, weight_kD: Tensor, chunk: slice) -> Shares:
+    def shares(self, operand_kD: Tensor, chunk: slice) -> Shares:
         """See `Chunks`."""
-        shares = self._chunk(weight_kD, chunk, True)[1]
+        shares = self._chunk(operand_kD, chunk, True)[1]
         assert shares is not None
         return shares
 
@@ -239,7 +237,7 @@ class AnyChunks:
         """See `Chunks`: how the numbers of the chunks join."""
         with torch.enable_grad():
             numbers_PG = self._stacked().requires_grad_()
-            joined_G = self._margin.objective.join(numbers_PG)
+            joined_G = self._problem.margin.objective.join(numbers_PG)
         return torch.autograd.grad(joined_G, numbers_PG, grad_G)[0]
 
     @staticmethod
@@ -252,14 +250,16 @@ class AnyChunks:
             return self._unit_GD.new_empty(0, len(self._columns_G), dtype=self._products.result)
         return torch.stack(self._numbers_PG)
 
-    def _chunk(self, weight_kD: Tensor, chunk: slice, differentiate: bool) -> tuple[Tensor, Shares | None]:
-        inverse_norm_k1 = self._inverse_norm_K[chunk, None]
-        cosine_kG = self._products.product(self._products.operand(weight_kD), self._unit_GD.t()) * inverse_norm_k1
+    def _chunk(self, operand_kD: Tensor, chunk: slice, differentiate: bool) -> tuple[Tensor, Shares | None]:
+        margin, inverse_norm_k1 = self._problem.margin, self._problem.centres.inverse_norm_K[chunk, None]
+        cosine_kG = self._products.product(operand_kD, self._unit_GD.t()) * inverse_norm_k1
         with torch.set_grad_enabled(differentiate):
             cosine_GC = cosine_kG.t().detach().requires_grad_(differentiate)
             learned = {n: v.clone().requires_grad_(differentiate) for n, v in self._learned_G1.items()}
-            negatives_GC = self._margin.negative_logits(cosine_GC, self._target_cosine_G, {**self._state, **learned})
-            number_G = self._margin.objective.accumulate(exclude(negatives_GC, self._columns_G - chunk.start))
+            negatives_GC = margin.negative_logits(
+                cosine_GC, self._problem.target_cosine_G, {**self._problem.state, **learned}
+            )
+            number_G = margin.objective.accumulate(exclude(negatives_GC, self._columns_G - chunk.start))
         if not differentiate:
             return number_G, None
         # Each sample's number depends on its own row alone: the gradient of each by its row, in one go.

@@ -12,8 +12,7 @@ objectives other than softmax (docs/adr/0006).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,16 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lgaf.heads.centres import Centres
-from lgaf.heads.chunks import Chunks, Shares, chunks_of
-from lgaf.heads.margins import Margin
-from lgaf.heads.products import Products
+from lgaf.heads.chunks import Chunks, FusedPass, Shares, chunks_of
 
 # Classes of a chunk where the budget allows: on a CPU a chunk stays in the cache, on a GPU it fills the device.
 CPU_CHUNK: Final = 2048
 GPU_CHUNK: Final = 32768
-
-RowUpdate = Callable[[slice | Tensor, Tensor], None]
-"""Takes rows of this rank's centres (a slice, or their numbers) and the gradient [k, D] of these; may change them."""
 
 
 class Plan(NamedTuple):
@@ -54,57 +48,20 @@ def plan_chunks(num_centres: int, bytes_per_class: int, kept_per_class: int, bud
     return Plan(chunk, chunk * bytes_per_class + num_centres * kept_per_class <= budget)
 
 
-@dataclass(frozen=True, slots=True)
-class FusedPass:
-    """What the pass works on besides embeddings, centres and learned scalars.
-
-    Attributes:
-        centres: Centres that the step looks at.
-        columns_G: Position of each sample's own class among them; -1 where another rank has it.
-        margin: Makes logits of cosines.
-        state: Its running statistics.
-        target_cosine_G: Cosines with the own classes, where the margin wants them.
-        products: Multiplies.
-        budget: Bytes of temporary memory.
-        update: Takes the gradient of each chunk's centres, in place of a gradient of all; None: gradients as usual.
-    """
-
-    centres: Centres
-    columns_G: Tensor
-    margin: Margin
-    state: Mapping[str, Tensor]
-    target_cosine_G: Tensor | None
-    products: Products
-    budget: int
-    update: RowUpdate | None
-
-    def chunks(self, unit_GD: Tensor, learned: Mapping[str, Tensor]) -> Chunks:
-        """The pass over the classes."""
-        return chunks_of(
-            unit_GD,
-            self.centres,
-            self.columns_G,
-            self.margin,
-            self.state,
-            learned,
-            self.target_cosine_G,
-            self.products,
-        )
-
-    def plan(self, chunks: Chunks, num_rows: int) -> Plan:
-        """Chunks within the budget."""
-        weight = self.centres.weight_CD
-        sampled, updates = self.centres.rows_K is not None, self.update is not None
-        # Copies [k, D] at one time: the product with the gradient, then what is not a view of something kept: centres,
-        # rounded operands, gradient, and an update's weight decay and rows of centres and momentum.
-        copies = 1 + sampled + 2 * (self.products.operands != weight.dtype) + updates * (2 + 2 * sampled)
-        return plan_chunks(
-            len(self.centres),
-            chunks.bytes_per_class(num_rows, weight.itemsize) + copies * weight.shape[1] * weight.itemsize,
-            num_rows * self.products.operands.itemsize,
-            self.budget,
-            GPU_CHUNK if weight.is_cuda else CPU_CHUNK,
-        )
+def plan_of(problem: FusedPass, chunks: Chunks, num_rows: int) -> Plan:
+    """Chunks within the pass's budget."""
+    weight, products = problem.centres.weight_CD, problem.products
+    sampled, updates = problem.centres.rows_K is not None, problem.update is not None
+    # Copies [k, D] at one time: the product with the gradient, then what is not a view of something kept: centres,
+    # rounded operands, gradient, and an update's weight decay and rows of centres and momentum.
+    copies = 1 + sampled + 2 * (products.operands != weight.dtype) + updates * (2 + 2 * sampled)
+    return plan_chunks(
+        len(problem.centres),
+        chunks.bytes_per_class(num_rows, weight.itemsize) + copies * weight.shape[1] * weight.itemsize,
+        num_rows * products.operands.itemsize,
+        problem.budget,
+        GPU_CHUNK if weight.is_cuda else CPU_CHUNK,
+    )
 
 
 def own_cosines(unit_GD: Tensor, centres: Centres, columns_G: Tensor) -> Tensor:
@@ -145,12 +102,13 @@ class _Fused(torch.autograd.Function):
         names: tuple[str, ...],
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
-        chunks = problem.chunks(unit_GD, dict(zip(names, learned_L, strict=True)))
-        plan = problem.plan(chunks, len(unit_GD))
+        chunks = chunks_of(unit_GD, dict(zip(names, learned_L, strict=True)), problem)
+        plan = plan_of(problem, chunks, len(unit_GD))
         differentiate = differentiate and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for chunk in problem.centres.chunks(plan.chunk):
-            shares = chunks.add(problem.centres[chunk], chunk, differentiate and plan.keep)
+            operand_kD = problem.products.operand(problem.centres[chunk])
+            shares = chunks.add(operand_kD, chunk, differentiate and plan.keep)
             kept += shares or ()
         ctx.problem, ctx.chunks, ctx.plan, ctx.num_learned = problem, chunks, plan, len(learned_L)
         # Not as attributes of ctx: these would live as long as the loss does, saved tensors end with the backward pass.
@@ -183,15 +141,16 @@ def _backward(ctx: Any, grad_G: Tensor, grad_cosine_G: Tensor) -> tuple[Tensor |
     scaled_GD = unit_GD
     for i, chunk in enumerate(centres.chunks(ctx.plan.chunk)):
         weight_kD = centres[chunk]
-        shares = Shares(*kept[2 * i : 2 * i + 2]) if kept else ctx.chunks.shares(weight_kD, chunk)
+        operand_kD = products.operand(weight_kD)
+        shares = Shares(*kept[2 * i : 2 * i + 2]) if kept else ctx.chunks.shares(operand_kD, chunk)
         if i < len(coefficients_PG):
             coefficient_G1 = coefficients_PG[i, :, None]
             scaled_GD = products.operand(unit_GD * coefficient_G1)
         learned_grad_L += (shares.learned_GL * coefficient_G1).sum(dim=0)
         if wants_unit and len(coefficients_PG) == 1:  # the factor of all comes at the end
-            products.add_product(gradient_GD, shares.shares_kG.t(), products.operand(weight_kD))
+            products.add_product(gradient_GD, shares.shares_kG.t(), operand_kD)
         elif wants_unit:
-            part_GD = products.product(shares.shares_kG.t(), products.operand(weight_kD))
+            part_GD = products.product(shares.shares_kG.t(), operand_kD)
             gradient_GD.addcmul_(part_GD, coefficient_G1)
         if gradients is not None:
             gradients.add(chunk, weight_kD, shares.shares_kG, scaled_GD, own)

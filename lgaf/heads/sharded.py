@@ -20,8 +20,9 @@ from torch.distributed import ProcessGroup
 from lgaf.config import require_in_range, require_positive
 from lgaf.distributed import RowExchange, all_reduce_sum, gather_for_all, rank_in, world_size
 from lgaf.heads.centres import Centres, initial_centres
+from lgaf.heads.chunks import FusedPass, RowUpdate
 from lgaf.heads.class_shard import class_range
-from lgaf.heads.fused import FusedPass, RowUpdate, fused_pass, own_cosines
+from lgaf.heads.fused import fused_pass, own_cosines
 from lgaf.heads.global_batch import (
     BatchExchange,
     GlobalBatch,

@@ -20,6 +20,16 @@ class NonFiniteEmbeddingError(ValueError):
     """An embedding holds NaN or infinity: the run diverged, or an image or a weight is damaged."""
 
 
+class OwnBatch(NamedTuple):
+    """Samples of this rank, as `ShardedMarginHead.forward` takes them."""
+
+    embedding_BD: Tensor
+    labels_B: Tensor
+    norms_B: Tensor | None
+    weights_B: Tensor | None
+    sizes: Sequence[int] | None
+
+
 class GlobalBatch(NamedTuple):
     """Samples of all ranks, in rank order.
 
@@ -46,26 +56,19 @@ class BatchExchange:
         self._packed_BE = torch.empty(0)
         self._labels_B = torch.empty(0)
 
-    def start(
-        self,
-        embedding_BD: Tensor,
-        labels_B: Tensor,
-        norms_B: Tensor | None,
-        weights_B: Tensor | None,
-        sizes: Sequence[int] | None,
-    ) -> None:
+    def start(self, own: OwnBatch, dtype: torch.dtype) -> None:
         """Send this rank's samples: unit embeddings, with labels, norms and weights as columns beside them."""
-        norms_B = torch.linalg.vector_norm(embedding_BD, dim=1) if norms_B is None else norms_B
+        embedding_BD = own.embedding_BD.to(dtype)
+        norms_B = torch.linalg.vector_norm(embedding_BD, dim=1) if own.norms_B is None else own.norms_B
         # Labels travel as the bits of a float column: an all-gather only copies, so they arrive exactly.
-        integers = _integers(embedding_BD.dtype)
+        integers = _integers(dtype)
+        self._labels_B = own.labels_B.long()
         # A label beyond 32 bits stays out of range, instead of becoming another class.
-        labels_B = labels_B.long()
-        bits = labels_B.clamp(-1, torch.iinfo(integers).max).to(integers).view(embedding_BD.dtype)
-        columns = [bits, norms_B] if weights_B is None else [bits, norms_B, weights_B]
-        beside_B = torch.stack([column.to(embedding_BD.dtype) for column in columns], dim=1)
+        bits = self._labels_B.clamp(-1, torch.iinfo(integers).max).to(integers).view(dtype)
+        columns = [bits, norms_B] if own.weights_B is None else [bits, norms_B, own.weights_B]
+        beside_B = torch.stack([column.to(dtype) for column in columns], dim=1)
         self._packed_BE = torch.cat([unit(embedding_BD), beside_B], dim=1)
-        self._labels_B = labels_B
-        self._exchange.start(self._packed_BE, sizes)
+        self._exchange.start(self._packed_BE, own.sizes)
 
     def finish(self, embedding_dim: int, learned_L: Tensor) -> GlobalBatch:
         """Receive everyone's."""
@@ -93,14 +96,14 @@ def check_agreement(group: ProcessGroup | None, device: torch.device, settings: 
             raise ValueError(f"the ranks' heads differ in {name}: {value!r} here; ranks {unlike} differ from rank 0")
 
 
-def check_own_shapes(embedding_BD: Tensor, embedding_dim: int, **beside: Tensor | None) -> None:
+def check_own_batch(own: OwnBatch, embedding_dim: int) -> None:
     """Raise ``ValueError`` unless there is one number of each kind an embedding."""
+    embedding_BD, labels_B = own.embedding_BD, own.labels_B
     if embedding_BD.ndim != 2 or embedding_BD.shape[1] != embedding_dim:
         raise ValueError(f"embeddings of shape {list(embedding_BD.shape)} must be of shape [B, {embedding_dim}]")
-    labels = beside["labels"]
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise ValueError(f"labels are {labels.dtype}; they must be whole numbers, best int64")
-    for name, value in beside.items():
+    if labels_B.is_floating_point() or labels_B.dtype == torch.bool:
+        raise ValueError(f"labels are {labels_B.dtype}; they must be whole numbers, best int64")
+    for name, value in (("labels", labels_B), ("norms", own.norms_B), ("weights", own.weights_B)):
         if value is None:
             continue
         if value.ndim != 1:

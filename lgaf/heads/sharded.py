@@ -26,8 +26,9 @@ from lgaf.heads.fused import fused_pass, own_cosines
 from lgaf.heads.global_batch import (
     BatchExchange,
     GlobalBatch,
+    OwnBatch,
     check_agreement,
-    check_own_shapes,
+    check_own_batch,
     check_values,
 )
 from lgaf.heads.margins import Margin
@@ -163,13 +164,14 @@ class ShardedMarginHead(nn.Module):
                 f"the head's centres are {self.weight.dtype}, which is too coarse to learn in: leave them float32 (or "
                 "float64) and call the head under torch.autocast for products in bfloat16"
             )
-        check_own_shapes(embedding_BD, self.embedding_dim, labels=labels_B, norms=norms_B, weights=weights_B)
+        own = OwnBatch(embedding_BD, labels_B, norms_B, weights_B, sizes)
+        check_own_batch(own, self.embedding_dim)
         if not self._agreed:
             check_agreement(self.group, embedding_BD.device, self._settings())
             self._agreed = True
         products = Products.for_autocast(self.weight.device, self.weight.dtype)
         with torch.autocast(embedding_BD.device.type, enabled=False):
-            batch, centres, columns_G = self._gather(embedding_BD, labels_B, norms_B, weights_B, sizes)
+            batch, centres, columns_G = self._gather(own)
             cosine_G = own_cosines(batch.unit_GD, centres, columns_G)
             target_cosine_G = all_reduce_sum(cosine_G, self.group) if self.margin.needs_all_targets else None
             learned = dict(zip(dict(self.margin_state.named_parameters()), batch.learned_L, strict=True))
@@ -180,17 +182,10 @@ class ShardedMarginHead(nn.Module):
             accumulated_G, cosine_G = fused_pass(batch.unit_GD, self.weight, learned, problem, cosine_G)
             return self._loss(batch, accumulated_G, cosine_G, columns_G >= 0, {**state, **learned})
 
-    def _gather(
-        self,
-        embedding_BD: Tensor,
-        labels_B: Tensor,
-        norms_B: Tensor | None,
-        weights_B: Tensor | None,
-        sizes: Sequence[int] | None,
-    ) -> tuple[GlobalBatch, Centres, Tensor]:
+    def _gather(self, own: OwnBatch) -> tuple[GlobalBatch, Centres, Tensor]:
         """Everyone's samples, the centres to look at, and where each sample's own class is among them."""
         exchange = BatchExchange(self._exchange)
-        exchange.start(embedding_BD.to(self.weight.dtype), labels_B, norms_B, weights_B, sizes)
+        exchange.start(own, self.weight.dtype)
         centres = Centres.all(self.weight.detach()) if not self._samples() else None  # while the samples travel
         batch = exchange.finish(self.embedding_dim, self.margin_state.learned().to(self.weight))
         if not len(batch.labels_G):

@@ -1,4 +1,4 @@
-"""The chunked pass: plans, memory, precision, and what autograd expects of it."""
+"""The chunked pass: plans, memory, and what autograd expects of it."""
 
 from __future__ import annotations
 
@@ -10,132 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lgaf.heads import fused
-from lgaf.heads.centres import LEAST_NORM
-from lgaf.heads.chunks import PlainSoftmaxChunks, fixed_shift
+from lgaf.heads.chunks import PlainSoftmaxChunks
 from lgaf.heads.fused import plan_chunks
 from lgaf.heads.margins import create_margin
 from lgaf.heads.margins.base import EMPTY_STATE
 from lgaf.heads.margins.cosface import CosFace
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.optim import SGDConfig, UpdateInBackward
-from lgaf.reference import dense_margin_loss
+from tests.lgaf.head_problem import DIM, NUM_CLASSES, ROWS, Recorded, gradients, problem
 from tests.lgaf.margin_cases import MARGIN_CASES
-
-NUM_CLASSES, DIM, ROWS = 150, 32, 12
-
-
-def _problem(dtype: torch.dtype = torch.float32, scale: float = 10.0):
-    generator = torch.Generator().manual_seed(2)
-    x = scale * torch.randn(ROWS, DIM, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, NUM_CLASSES, (ROWS,), generator=generator)
-    labels[3] = labels[5]  # two of one person
-    return x.to(dtype), labels
-
-
-def _gradients(head, x, labels):
-    x = x.clone().requires_grad_()
-    head.weight.grad = None
-    loss = head(x, labels)
-    loss.backward()
-    return loss.detach(), x.grad, head.weight.grad
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-@pytest.mark.parametrize("margin", MARGIN_CASES)
-@pytest.mark.parametrize(("chunk", "budget"), [(2048, 1 << 30), (37, 1)])
-def test_float32_is_within_1e_5_of_the_dense_float64_oracle(margin, chunk, budget):
-    x, labels = _problem()
-    head = ShardedMarginHead(NUM_CLASSES, DIM, margin, seed=1, memory_budget=budget * 30_000)
-    with mock.patch.object(fused, "CPU_CHUNK", chunk):
-        loss, grad_x, grad_weight = _gradients(head, x, labels)
-    oracle_x, weight = x.double().requires_grad_(), head.weight.detach().double().requires_grad_()
-    expected = dense_margin_loss(oracle_x, labels, weight, margin)
-    expected.backward()
-    assert _relative(loss, expected.detach()) < 1e-5
-    assert _relative(grad_x, oracle_x.grad) < 1e-5
-    assert _relative(grad_weight, weight.grad) < 1e-5
-
-
-class TestBfloat16:
-    """Products of operands rounded to 8 bits; statistics and the target's cosine are float32."""
-
-    def test_loss_is_that_of_the_rounded_operands(self):
-        # Rounding aside nothing is lost: so the tolerance against the rounded operands is float32's.
-        x, labels = _problem()
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("cosface", margin=0.2, scale=16.0))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = head(x, labels)
-        unit, weight = F.normalize(x), head.weight.detach()
-        rounded = unit.bfloat16().double() @ weight.bfloat16().double().T / weight.double().norm(dim=1)
-        target = F.cosine_similarity(x.double(), weight[labels].double()) - 0.2
-        logits = 16 * rounded.scatter(1, labels[:, None], target[:, None])
-        assert _relative(loss.detach(), F.cross_entropy(logits, labels)) < 1e-6
-
-    @pytest.mark.parametrize("margin", ["arcface", "curricularface", "uniface"])
-    @pytest.mark.parametrize("budget", [1 << 30, 1])
-    def test_gradients_are_within_the_rounding_of_one_operand(self, margin, budget):
-        # A product of two operands rounded by at most 2^-9 each is off by 2^-8 at most; the errors of many add up at
-        # random. The shares change with the logits too, here by scale * 2^-9 / sqrt(D) about.
-        x, labels = _problem()
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin(margin, scale=8.0), memory_budget=budget)
-        exact = _gradients(head, x, labels)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = _gradients(head, x, labels)
-        for found, expected in zip(rounded, exact, strict=True):
-            assert found.dtype == torch.float32
-            assert 0 < _relative(found, expected.double()) < 2**-8
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_embeddings_may_come_in_half_precision(self, dtype):
-        x, labels = _problem()
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("adaface"))
-        half = x.to(dtype).requires_grad_()
-        loss = head(half, labels)
-        loss.backward()
-        assert loss.dtype == torch.float32
-        assert half.grad.dtype == dtype
-        expected = _gradients(head.eval().train(), half.detach().float(), labels)[1]
-        torch.testing.assert_close(half.grad, expected.to(dtype), rtol=2**-7, atol=1e-4)
-
-    def test_float16_autocast_leaves_the_products_as_they_are(self):
-        x, labels = _problem()
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
-        expected = _gradients(head, x, labels)
-        with torch.autocast("cpu", torch.float16):
-            found = _gradients(head, x, labels)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-    def test_a_double_head_stays_double(self):
-        x, labels = _problem(torch.float64)
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface")).double()
-        expected = head(x, labels)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(head(x, labels), expected)
-        assert expected.dtype == torch.float64
-
-    def test_every_operand_of_a_product_is_rounded(self):
-        x, labels = _problem()
-        for budget in (1 << 30, 1):
-            head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"), memory_budget=budget)
-            with _Recorded() as recorded, torch.autocast("cpu", torch.bfloat16):
-                _gradients(head, x, labels)
-            assert len(recorded.operands) >= 3
-            assert all(torch.equal(value, value.bfloat16().to(value)) for pair in recorded.operands for value in pair)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_coarse_centres_are_refused(self, dtype):
-        x, labels = _problem()
-        head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface")).to(dtype)
-        with pytest.raises(ValueError, match=rf"centres are {dtype}.*under torch.autocast"):
-            head(x, labels)
 
 
 class TestAutograd:
@@ -143,9 +28,9 @@ class TestAutograd:
         return ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface", margin=0.3, scale=16.0), **options).double()
 
     def test_micro_batches_accumulate(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head()
-        _, grad_x, grad_weight = _gradients(head, x, labels)
+        _, grad_x, grad_weight = gradients(head, x, labels)
         head.weight.grad = None
         x = x.clone().requires_grad_()
         for rows in (slice(0, 4), slice(4, 12)):
@@ -154,22 +39,22 @@ class TestAutograd:
         torch.testing.assert_close(head.weight.grad, grad_weight)
 
     def test_both_forward_passes_before_both_backward_passes(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head()
-        expected = _gradients(head, x, labels)[2]
+        expected = gradients(head, x, labels)[2]
         head.weight.grad = None
         first, second = head(x, labels), head(2 * x, labels)
         (first + second).backward()
         torch.testing.assert_close(head.weight.grad, 2 * expected)
 
     def test_statistics_of_a_later_step_do_not_reach_back(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         margin = create_margin("curricularface", alpha=1.0, scale=8.0)
         for mode in (True, False):  # in evaluation the statistics are the head's own, which training moves
             head = ShardedMarginHead(NUM_CLASSES, DIM, margin, memory_budget=1).double()
             other = ShardedMarginHead(NUM_CLASSES, DIM, margin, memory_budget=1).double()
             near = 50 * head.weight.detach()[labels] + 0.3 * x
-            expected = _gradients(other.train(mode), near, labels)[1]
+            expected = gradients(other.train(mode), near, labels)[1]
             near.requires_grad_()
             first = head.train(mode)(near, labels)
             head.train()(-near.detach(), labels)
@@ -177,7 +62,7 @@ class TestAutograd:
             torch.testing.assert_close(near.grad, expected, rtol=1e-12, atol=0)
 
     def test_what_was_kept_ends_with_the_backward_pass(self):
-        x, labels = _problem()
+        x, labels = problem()
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
         loss = head(x, labels)
         loss.backward()
@@ -187,7 +72,7 @@ class TestAutograd:
             _ = node.saved_tensors
 
     def test_nothing_is_kept_where_nothing_is_differentiated(self):
-        x, labels = _problem()
+        x, labels = problem()
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
         add = PlainSoftmaxChunks.add
         kept = []
@@ -206,7 +91,7 @@ class TestAutograd:
         assert kept[2:] == [True]
 
     def test_backward_twice_over_a_kept_graph(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head()
         x.requires_grad_()
         loss = head(x, labels)
@@ -218,7 +103,7 @@ class TestAutograd:
             loss.backward()
 
     def test_numbers_agree_with_finite_differences(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head(memory_budget=1).eval()
         assert torch.autograd.gradcheck(
             lambda x, w: torch.func.functional_call(head, {"weight": w}, (x, labels)),
@@ -227,9 +112,9 @@ class TestAutograd:
         )
 
     def test_gradients_are_made_only_where_asked_for(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head()
-        _, grad_x, grad_weight = _gradients(head, x, labels)
+        _, grad_x, grad_weight = gradients(head, x, labels)
         head.weight.grad = None
         head(x, labels).backward()
         torch.testing.assert_close(head.weight.grad, grad_weight)
@@ -243,7 +128,7 @@ class TestAutograd:
             assert not head(x, labels).requires_grad
 
     def test_centres_changed_before_the_backward_pass_are_noticed(self):
-        x, labels = _problem(torch.float64)
+        x, labels = problem(torch.float64)
         head = self._head()
         loss = head(x, labels)
         with torch.no_grad():
@@ -252,9 +137,9 @@ class TestAutograd:
             loss.backward()
 
     def test_gradient_scaling_and_clipping(self):
-        x, labels = _problem()
+        x, labels = problem()
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
-        _, _, expected = _gradients(head, x, labels)
+        _, _, expected = gradients(head, x, labels)
         optimizer = torch.optim.SGD([head.weight], lr=1.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         head.weight.grad = None
@@ -266,13 +151,13 @@ class TestAutograd:
         torch.testing.assert_close(head.weight.grad, 0.5 * expected, rtol=1e-4, atol=1e-8)
 
     def test_zero_and_tiny_centres_give_finite_gradients(self):
-        x, labels = _problem()
+        x, labels = problem()
         head = ShardedMarginHead(NUM_CLASSES, DIM, create_margin("arcface"))
         with torch.no_grad():
             head.weight[labels[0]] = 0
             head.weight[labels[1]] *= 1e-8
             head.weight[7] = 0
-        assert all(value.isfinite().all() for value in _gradients(head, x, labels))
+        assert all(value.isfinite().all() for value in gradients(head, x, labels))
 
 
 def _nodes(node, name: str) -> list:
@@ -285,22 +170,22 @@ def _nodes(node, name: str) -> list:
 @pytest.mark.parametrize("margin", MARGIN_CASES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_centre_that_is_no_number_makes_the_loss_nan(margin, value):
-    x, labels = _problem()
+    x, labels = problem()
     head = ShardedMarginHead(NUM_CLASSES, DIM, margin)
     other = next(c for c in range(NUM_CLASSES) if c not in labels.tolist())
     with torch.no_grad():
         head.weight[other, 0] = value
-    loss, grad_x, _ = _gradients(head, x, labels)
+    loss, grad_x, _ = gradients(head, x, labels)
     assert loss.isnan()
     assert grad_x.isnan().any()
 
 
 @pytest.mark.parametrize("margin", MARGIN_CASES)
 def test_embeddings_on_their_centres_give_finite_gradients(margin):
-    _, labels = _problem()
+    _, labels = problem()
     head = ShardedMarginHead(NUM_CLASSES, DIM, margin)
     for sign in (50.0, -50.0):
-        values = _gradients(head, sign * head.weight.detach()[labels], labels)
+        values = gradients(head, sign * head.weight.detach()[labels], labels)
         assert all(value.isfinite().all() for value in values)
 
 
@@ -313,10 +198,10 @@ def test_a_plain_margin_may_learn_a_scalar_too():
         def target_logit(self, cosine_N, norm_N=None, state=EMPTY_STATE):
             return self.scale * (cosine_N - state["m"])
 
-    x, labels = _problem(torch.float64)
+    x, labels = problem(torch.float64)
     head = ShardedMarginHead(NUM_CLASSES, DIM, Learned(scale=8.0)).double()
-    expected = _gradients(ShardedMarginHead(NUM_CLASSES, DIM, CosFace(margin=0.3, scale=8.0)).double(), x, labels)
-    found = _gradients(head, x, labels)
+    expected = gradients(ShardedMarginHead(NUM_CLASSES, DIM, CosFace(margin=0.3, scale=8.0)).double(), x, labels)
+    found = gradients(head, x, labels)
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-9)  # 0.3 is a float32 at first
     assert head.margin_state.m.grad > 0
@@ -374,62 +259,15 @@ class TestPlan:
         counts = []
         for budget in (1 << 30, 1 << 17):
             head = ShardedMarginHead(5_000, DIM, create_margin("arcface"), memory_budget=budget)
-            x, labels = _problem()
-            with _Recorded() as recorded:
-                _gradients(head, x, labels)
+            x, labels = problem()
+            with Recorded() as recorded:
+                gradients(head, x, labels)
             counts.append(recorded.multiplications / (ROWS * 5_000 * DIM))
         assert counts == [3, 4]
 
 
-class _Recorded(TorchDispatchMode):
-    """Sizes of all tensors that are made, operands and work of all matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[int] = []
-        self.multiplications = 0
-        self.operands: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            a, b = args[-2:]
-            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
-            self.operands.append((a, b))
-        self.seen += [
-            value.numel() for value in torch.utils._pytree.tree_leaves(out) if isinstance(value, torch.Tensor)
-        ]
-        return out
-
-
 def _tensor_sizes(head, rows: int) -> list[int]:
     x = torch.randn(rows, head.embedding_dim, requires_grad=True)
-    with _Recorded() as sizes:
+    with Recorded() as sizes:
         head(x, torch.arange(rows)).backward()
     return sizes.seen
-
-
-@given(st.floats(0.1, 500), st.integers(1, 10**8), st.sampled_from([torch.float32, torch.float64]))
-def test_the_fixed_shift_keeps_everything_within_the_floats(scale, num_classes, dtype):
-    shift = fixed_shift(scale, num_classes, dtype)
-    if shift is None:
-        assert dtype == torch.float32
-        assert scale > 64 or num_classes > 10**7
-        return
-    limits = torch.finfo(dtype)
-    longest = -math.log(LEAST_NORM)
-    assert scale - shift + longest + math.log(num_classes) < math.log(limits.max)
-    assert -scale - shift > math.log(limits.smallest_normal)
-
-
-def test_a_scale_beyond_the_floats_takes_the_other_way():
-    x, labels = _problem(scale=1.0)
-    margin = create_margin("cosface", scale=300.0)
-    assert fixed_shift(300.0, NUM_CLASSES, torch.float32) is None
-    head = ShardedMarginHead(NUM_CLASSES, DIM, margin)
-    loss, _, grad_weight = _gradients(head, x, labels)
-    weight = head.weight.detach().double().requires_grad_()
-    expected = dense_margin_loss(x.double(), labels, weight, margin)
-    expected.backward()
-    assert _relative(loss, expected.detach()) < 1e-5
-    assert _relative(grad_weight, weight.grad) < 1e-4

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lgaf.distributed import ALL_GATHER, REDUCE_SCATTER
 from lgaf.heads import fused, sharded
-from lgaf.heads.centres import initial_centres
+from lgaf.heads.centres import Centres, initial_centres
 from lgaf.heads.class_shard import class_range
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.margins import MARGINS, Margin, create_margin
@@ -197,6 +197,29 @@ def test_at_most_four_collectives_a_step(margin, screening):
     if margin in ("mv_softmax", "curricularface"):
         expected["all_reduce"] = 1  # the other classes' logits need the target cosines of all ranks
     run_distributed(2, _count_collectives, margin, screening, expected)
+
+
+def _check_overlap(group) -> None:
+    head = ShardedMarginHead(10, DIM, create_margin("cosface"), group=group)
+    head(torch.randn(2, DIM), torch.tensor([1, 3]))  # settings are compared, sizes learned
+    order, gather, lengths = [], getattr(dist, ALL_GATHER), Centres.all
+
+    def gathered(*arguments, async_op=False, **options):
+        order.append("sent without waiting" if async_op else "gathered")
+        work = gather(*arguments, async_op=async_op, **options)
+        return mock.Mock(wait=lambda: (order.append("waited for"), work.wait())) if async_op else work
+
+    def measured(weight):
+        order.append("lengths of the centres")
+        return lengths(weight)
+
+    with mock.patch.object(dist, ALL_GATHER, gathered), mock.patch.object(Centres, "all", measured):
+        head(torch.randn(2, DIM), torch.tensor([1, 3]))
+    assert order == ["sent without waiting", "lengths of the centres", "waited for", "gathered"]
+
+
+def test_samples_travel_while_the_centres_are_measured():
+    run_distributed(2, _check_overlap)
 
 
 def _check_unlike_heads(group) -> None:

@@ -1,15 +1,18 @@
 """One URI layer for everything that the pipeline reads and writes.
 
-``file://`` (or a plain path), ``s3://`` and ``memory://`` name places; pyarrow's filesystems do the work (``memory://``
-through fsspec, inside one process only). Writes are atomic: a reader sees the whole object or none.
+``file://`` (or a plain path), ``s3://``, ``gs://``, ``az://`` (also ``abfs://``) and ``memory://`` name places; the
+last one lives inside one process. Writes are atomic: a reader sees the whole object or none. On object stores, what may
+pass (5xx, throttling, broken or silent connections, cut bodies) is tried again, as `pipeline.retries` says; what will
+not (403, 404) is an error at once. Every error names the URI.
+
 An S3 endpoint other than AWS comes from ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL`` or ``MLFLOW_S3_ENDPOINT_URL``.
 """
 
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -17,174 +20,165 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import Any, Final
 
 import pyarrow.fs as pafs
 
+from pipeline import filesystems
+from pipeline.places import MissingError, SizeError, StorageError, is_local, join, local_path, normalise
+from pipeline.remote import RemoteFile, attempt, open_filesystem, read
+
+__all__ = [
+    "READ_BUFFER_BYTES",
+    "FileInfo",
+    "MissingError",
+    "SizeError",
+    "StorageError",
+    "delete_file",
+    "delete_tree",
+    "exists",
+    "fingerprint",
+    "is_local",
+    "join",
+    "list_files",
+    "list_folder",
+    "local_path",
+    "lock",
+    "normalise",
+    "open_read",
+    "plain_json",
+    "read_bytes",
+    "read_json",
+    "read_range",
+    "read_whole",
+    "resolve",
+    "size",
+    "write_bytes",
+    "write_json",
+]
+
 # Small buffers turn one object into many ranged requests: 8 MiB measured 6 times faster than pyarrow's default.
-READ_BUFFER_BYTES = 8 * 1024 * 1024
-SCHEMES = ("file", "s3", "memory")
-
-
-class StorageError(OSError):
-    """A place that cannot be read or written; the message names its URI."""
-
-
-class MissingError(StorageError):
-    """A place that does not exist: trying again does not help."""
+READ_BUFFER_BYTES: Final = 8 * 1024 * 1024
+# Of one request, by the SDK itself. Reads have none, so that `retries` alone decides. A part of a multipart upload is
+# better sent again by the SDK than the whole object by us.
+WRITE_SDK_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileInfo:
-    """One object found by `list_files`: its URI and size in bytes."""
+    """One object found by `list_files`: its URI, size in bytes and time of change (nanoseconds; 0: unknown)."""
 
     uri: str
     num_bytes: int
-
-
-def normalise(uri: str | os.PathLike[str]) -> str:
-    """Give the canonical URI: plain paths become absolute ``file://`` ones, trailing slashes go.
-
-    Raises:
-        StorageError: An unknown scheme, or no bucket.
-    """
-    text = os.fspath(uri)
-    if "://" not in text:
-        return "file://" + os.path.abspath(os.path.expanduser(text))
-    parsed = urlparse(text)
-    if parsed.scheme not in SCHEMES:
-        raise StorageError(f"{text}: unknown scheme {parsed.scheme!r}; use one of {', '.join(SCHEMES)} or a plain path")
-    if parsed.scheme == "s3" and not parsed.netloc:
-        raise StorageError(f"{text}: an s3 URI names a bucket: s3://bucket/prefix")
-    scheme, path = text.split("://", 1)
-    return f"{scheme.lower()}://" + (path.rstrip("/") or ("/" if parsed.scheme == "file" else ""))
-
-
-def join(uri: str, *parts: str) -> str:
-    """Append path parts to a URI."""
-    base = normalise(uri)
-    return base + ("" if base.endswith("/") else "/") + "/".join(part.strip("/") for part in parts)
-
-
-def is_local(uri: str) -> bool:
-    """Whether the URI is on this machine's file system."""
-    return normalise(uri).startswith("file://")
-
-
-def local_path(uri: str) -> Path:
-    """The path of a ``file://`` URI.
-
-    Raises:
-        StorageError: The URI is not local.
-    """
-    if not is_local(uri):
-        raise StorageError(f"{uri}: not a local path")
-    return Path(normalise(uri).removeprefix("file://"))
-
-
-@functools.lru_cache(maxsize=16)
-def _filesystem(scheme: str, endpoint: str | None) -> pafs.FileSystem:
-    if scheme == "file":
-        return pafs.LocalFileSystem()
-    if scheme == "memory":
-        import fsspec
-
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
-    options: dict[str, Any] = {"request_timeout": 30, "connect_timeout": 10}
-    if endpoint:
-        parsed = urlparse(endpoint)
-        options |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
-        options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return pafs.S3FileSystem(**options)
+    modified_ns: int = 0
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Give the pyarrow filesystem of a URI and the path in it."""
-    text = normalise(uri)
-    scheme, path = text.split("://", 1)
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
-    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    return _filesystem(scheme, endpoint if scheme == "s3" else None), path
+    """Give the pyarrow filesystem of a URI and the path in it, for code that has its own way with files.
+
+    Raises:
+        StorageError: An unknown scheme, or one whose package is not installed.
+    """
+    return open_filesystem(uri, WRITE_SDK_ATTEMPTS)
 
 
-@contextmanager
-def _naming(uri: str, action: str) -> Iterator[None]:
-    """Turn every low-level failure into a `StorageError` that names the URI."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except FileNotFoundError as error:
-        if action == "write":  # it is the folder that is not there and cannot be made
-            raise StorageError(f"{uri}: cannot be written: {error}") from error
-        raise MissingError(f"{uri}: does not exist") from error
-    except OSError as error:
-        raise StorageError(f"{uri}: cannot {action}: {error}") from error
+def _look_up(uri: str) -> pafs.FileInfo:
+    filesystem, path = open_filesystem(uri)
+    return attempt(uri, "look up", lambda: filesystem.get_file_info(path))
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "look up"):
-        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    return bool(_look_up(uri).type != pafs.FileType.NotFound)
+
+
+def file_info(uri: str) -> FileInfo:
+    """Size and time of change of one file.
+
+    Raises:
+        MissingError: It does not exist.
+        StorageError: It is a folder, or cannot be looked up.
+    """
+    info = _look_up(uri)
+    if info.type == pafs.FileType.NotFound:
+        raise MissingError(f"{uri}: does not exist")
+    if info.type != pafs.FileType.File:
+        raise StorageError(f"{uri}: is a folder, a file was expected")
+    return FileInfo(uri=uri, num_bytes=int(info.size), modified_ns=info.mtime_ns or 0)
 
 
 def size(uri: str) -> int:
-    """Bytes of one file.
-
-    Raises:
-        StorageError: It does not exist or is a folder.
-    """
-    filesystem, path = resolve(uri)
-    with _naming(uri, "look up"):
-        info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
-        raise StorageError(f"{uri}: {'is a folder, a file was expected' if info.type else 'does not exist'}")
-    return int(info.size)
+    """Bytes of one file; raises as `file_info`."""
+    return file_info(uri).num_bytes
 
 
 def read_bytes(uri: str) -> bytes:
-    """Read one whole file in large requests.
+    """Read one whole file in one request.
 
     Raises:
-        StorageError: It does not exist or cannot be read.
+        MissingError: It does not exist.
+        StorageError: It cannot be read.
     """
-    filesystem, path = resolve(uri)
-    with _naming(uri, "read"), filesystem.open_input_stream(path, buffer_size=READ_BUFFER_BYTES) as stream:
-        return bytes(stream.readall())
+    return read(uri, 0, None)
+
+
+def read_whole(uri: str, num_bytes: int) -> bytes:
+    """Read one whole file of known size in one request, without a copy on the way.
+
+    Raises:
+        MissingError: It does not exist.
+        SizeError: It has another size; its body is not read then.
+        StorageError: It cannot be read.
+    """
+    return read(uri, 0, num_bytes, expected_size=num_bytes)
 
 
 def read_range(uri: str, start: int, num_bytes: int) -> bytes:
-    """Read ``num_bytes`` from byte ``start`` of one file."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "read"), filesystem.open_input_file(path) as file:
-        return bytes(file.read_at(num_bytes, start))
+    """Read ``num_bytes`` from byte ``start`` of one file, less where it ends before.
+
+    Raises:
+        MissingError: It does not exist.
+        StorageError: It cannot be read.
+    """
+    return read(uri, start, num_bytes)
+
+
+def open_read(uri: str) -> io.BufferedReader:
+    """Open one file as a seekable, buffered binary stream; a remote one is read in ranges of `READ_BUFFER_BYTES`.
+
+    Raises:
+        MissingError: It does not exist.
+        StorageError: It is a folder or cannot be read (also from the stream's own methods).
+    """
+    if is_local(uri):
+        return attempt(uri, "read", lambda: local_path(uri).open("rb"))
+    return io.BufferedReader(RemoteFile(uri), READ_BUFFER_BYTES)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write one file atomically: on a file system by rename, on S3 a put is atomic by itself.
+    """Write one file atomically: on a file system by rename, on object stores a put is atomic by itself.
 
     Raises:
         StorageError: It cannot be written; nothing is left under the name.
     """
     filesystem, path = resolve(uri)
-    with _naming(uri, "write"):
-        if not is_local(uri):
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    if is_local(uri):
+        attempt(uri, "write", lambda: _write_local(Path(path), data))
+    else:
+        attempt(uri, "write", lambda: filesystems.put(filesystem, path, data))
+
+
+def _write_local(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:
@@ -204,34 +198,57 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+def list_folder(uri: str) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The sorted names of the files and of the folders directly in a folder; a file has None for its files.
+
+    Raises:
+        MissingError: There is neither a file nor a folder.
+        StorageError: It cannot be listed.
+    """
+    if _look_up(uri).type == pafs.FileType.File:
+        return None, ()
+    filesystem, path = open_filesystem(uri)
+    found = attempt(uri, "list", lambda: filesystems.entries(filesystem, path, recursive=False))
+    names = sorted((entry.path.rsplit("/", 1)[-1], entry.is_file) for entry in found)
+    return tuple(name for name, is_file in names if is_file), tuple(name for name, is_file in names if not is_file)
+
+
 def list_files(uri: str) -> list[FileInfo]:
     """All files below a folder, sorted by URI; an absent folder has none."""
-    filesystem, path = resolve(uri)
+    filesystem, path = open_filesystem(uri)
     scheme = normalise(uri).split("://", 1)[0]
-    with _naming(uri, "list"):
-        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    found = [
-        FileInfo(uri=f"{scheme}://{info.path if scheme != 'memory' else info.path.lstrip('/')}", num_bytes=info.size)
-        for info in infos
-        if info.type == pafs.FileType.File
+    try:
+        found = attempt(uri, "list", lambda: filesystems.entries(filesystem, path, recursive=True))
+    except MissingError:
+        return []
+    infos = [
+        FileInfo(uri=f"{scheme}://{entry.path}", num_bytes=entry.num_bytes, modified_ns=entry.modified_ns)
+        for entry in found
+        if entry.is_file
     ]
-    return sorted(found, key=lambda info: info.uri)
+    return sorted(infos, key=lambda info: info.uri)
 
 
 def delete_tree(uri: str) -> None:
     """Delete a folder and all below it; an absent one is fine."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "delete"):
+    filesystem, path = open_filesystem(uri)
+
+    def work() -> None:
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             filesystem.delete_dir(path)
+
+    attempt(uri, "delete", work)
 
 
 def delete_file(uri: str) -> None:
     """Delete one file; an absent one is fine."""
-    filesystem, path = resolve(uri)
-    with _naming(uri, "delete"):
+    filesystem, path = open_filesystem(uri)
+
+    def work() -> None:
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             filesystem.delete_file(path)
+
+    attempt(uri, "delete", work)
 
 
 def fingerprint(value: Any) -> str:
@@ -250,10 +267,12 @@ def lock(uri: str, message: str) -> Iterator[None]:
         yield
         return
     folder = local_path(uri)
-    with _naming(uri, "write"):
+
+    def open_lock() -> io.TextIOWrapper:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
+        return (folder / ".lock").open("w")
+
+    with attempt(uri, "write", open_lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -19,7 +19,7 @@ from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
 from pipeline.training.metrics_log import MetricsLog
 from tests.conftest import ROOT
 
-JOBS = ("train_demo", "train_webface4m", "pack_dataset")
+JOBS = ("train_demo", "train_webface4m", "pack_dataset", "verify_dataset", "inspect_dataset", "export_recordio")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def _run(preset: TrainConfig, arguments: list[str], capsys) -> tuple[int, str]:
         (["--schedule.milestones", "0.9", "0.5"], ["schedule.milestones=(0.9, 0.5)", "rising"]),
         (["--stream.augmentation", "adafase"], ["stream.augmentation='adafase'", "did you mean 'adaface'"]),
         (["--run-name", "a/b"], ["run_name='a/b'", "no slash"]),
-        (["--storage", "gs://bucket"], ["gs://bucket: unknown scheme 'gs'", "s3"]),
+        (["--storage", "hdfs://bucket"], ["hdfs://bucket: unknown scheme 'hdfs'", "s3"]),
         (["--tracking.url", "x"], ["--tracking.url", "--tracking.uri"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else value,

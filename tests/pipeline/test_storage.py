@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.storage import StorageError
+from pipeline.storage import MissingError, SizeError, StorageError
 
 SEGMENT = st.text("abcXYZ019_-. ", min_size=1, max_size=8).filter(lambda s: s.strip(".") and s == s.strip())
 
@@ -102,6 +104,70 @@ def test_list_files_is_sorted_recursive_and_exact(base):
         assert storage.read_bytes(uri) == uri.removeprefix(base + "/").encode()
 
 
+def test_list_folder_gives_names_of_one_level(base):
+    for name in ("d/b", "d/a", "d/e/f", "d/e/g/h", "d2/x"):
+        storage.write_bytes(f"{base}/{name}", b"1")
+    assert storage.list_folder(f"{base}/d") == (("a", "b"), ("e",))
+    assert storage.list_folder(f"{base}/d/") == (("a", "b"), ("e",))
+    assert storage.list_folder(base) == ((), ("d", "d2"))
+    assert storage.list_folder(f"{base}/d/a") == (None, ())
+    with pytest.raises(MissingError) as caught:
+        storage.list_folder(f"{base}/d3")
+    assert str(caught.value) == f"{base}/d3: does not exist"
+
+
+def test_files_have_the_time_of_their_change(base):
+    before = time.time_ns()
+    storage.write_bytes(f"{base}/d/x", b"1")
+    (info,) = storage.list_files(f"{base}/d")
+    # File systems take the time of the last tick of the kernel's clock.
+    assert before - 20_000_000 <= info.modified_ns <= time.time_ns()
+
+
+@pytest.mark.parametrize("length", [0, 5, 100_000])
+def test_a_stream_reads_and_seeks_as_a_file_does(base, length, monkeypatch):
+    monkeypatch.setattr(storage, "READ_BUFFER_BYTES", 7000)
+    data, uri = os.urandom(length), f"{base}/stream.bin"
+    storage.write_bytes(uri, data)
+    with storage.open_read(uri) as stream, io.BytesIO(data) as model:
+        assert isinstance(stream, io.BufferedIOBase)
+        assert stream.readable()
+        assert stream.seekable()
+        for offset, whence, count in [(0, 0, 1), (0, 1, 8000), (3, 1, 14_000), (-50, 2, 60), (9, 0, 0), (0, 0, -1)]:
+            if whence != io.SEEK_END or length >= 50:
+                assert stream.seek(offset, whence) == model.seek(offset, whence)
+            assert stream.read(count) == model.read(count)
+            assert stream.tell() == model.tell()
+        assert stream.read(1) == b""
+        assert stream.seek(length + 10) == length + 10
+        assert stream.read() == b""
+        with pytest.raises((ValueError, OSError)):
+            stream.seek(-1)
+    assert stream.closed
+
+
+def test_a_stream_of_a_missing_file_or_a_folder_is_refused(base):
+    with pytest.raises(MissingError, match=r"none: does not exist$"):
+        storage.open_read(f"{base}/none")
+    storage.write_bytes(f"{base}/folder/x", b"1")
+    with pytest.raises(StorageError, match=r"/folder: cannot read"):
+        storage.open_read(f"{base}/folder")
+
+
+def test_read_whole_tells_another_size(base):
+    uri = f"{base}/x"
+    storage.write_bytes(uri, b"12345")
+    assert storage.read_whole(uri, 5) == b"12345"
+    for expected in (0, 4, 6):
+        with pytest.raises(SizeError) as caught:
+            storage.read_whole(uri, expected)
+        assert str(caught.value) == f"{uri}: has 5 bytes, {expected} were expected"
+        copied = pickle.loads(pickle.dumps(caught.value))  # Ray sends errors between processes
+        assert (str(copied), copied.found, copied.expected) == (str(caught.value), 5, expected)
+    with pytest.raises(MissingError, match=r"none: does not exist$"):
+        storage.read_whole(f"{base}/none", 5)
+
+
 def test_an_absent_folder_lists_empty(base):
     assert storage.list_files(f"{base}/no/such/folder") == []
 
@@ -118,7 +184,7 @@ def test_delete_file_and_tree(base):
     assert [info.uri for info in storage.list_files(base)] == [f"{base}/d2/x", f"{base}/dx"]
 
 
-@pytest.mark.parametrize("uri", ["ftp://host/x", "http://host/x", "hdfs://x", "://x", "gs://b/k"])
+@pytest.mark.parametrize("uri", ["ftp://host/x", "http://host/x", "hdfs://x", "://x", "gcs://b/k"])
 def test_an_unknown_scheme_is_refused(uri):
     for action in (storage.normalise, storage.exists, storage.read_bytes, storage.list_files):
         with pytest.raises(StorageError, match=r"unknown scheme") as caught:
@@ -126,8 +192,8 @@ def test_an_unknown_scheme_is_refused(uri):
         assert str(caught.value).startswith(f"{uri}: ")
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///key"])
-def test_s3_needs_a_bucket(uri):
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "gs://", "az:///key", "abfs://"])
+def test_a_bucket_is_needed(uri):
     with pytest.raises(StorageError, match=r"names a bucket"):
         storage.normalise(uri)
 

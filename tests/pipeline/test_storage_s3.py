@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-import venv
 from pathlib import Path
 
 import pytest
@@ -18,74 +15,11 @@ import pytest
 from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import read_shard
-from pipeline.storage import StorageError
+from pipeline.storage import MissingError, SizeError, StorageError
+
+pytest_plugins = ("tests.s3",)
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT.parent / "shared" / "tools"
-KEY, SECRET = "test:tester", "testing"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (TOOLS / "swift_s3.py").is_file(), reason=f"{TOOLS} is not here"),
-]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """Environment of clients of a running server that has the bucket ``faces``."""
-    folder = tmp_path_factory.mktemp("swift")
-    venv.create(folder / "venv", with_pip=True)
-    python = str(folder / "venv" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "swift"], check=True, timeout=400)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [python, str(TOOLS / "swift_s3.py"), str(folder / "data"), str(port), KEY, SECRET],
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"PYTHONPATH": str(TOOLS)},
-        )
-    endpoint = f"http://127.0.0.1:{port}"
-    environment = {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
-                patch.delenv(name, raising=False)
-            wait_until_up(f"{endpoint}/healthcheck", server, folder / "log")
-            create_bucket(endpoint, "faces")
-            yield environment
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the S3 server did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.3)
-
-
-def create_bucket(endpoint: str, name: str) -> None:
-    import boto3
-    from botocore.config import Config
-
-    config = Config(s3={"addressing_style": "path"})
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config).create_bucket(Bucket=name)
 
 
 @pytest.mark.parametrize("length", [0, 7, 9_000_000], ids=["empty", "small", "multipart"])
@@ -96,7 +30,12 @@ def test_bytes_round_trip(s3, length):
     assert storage.exists(uri)
     assert storage.size(uri) == length
     assert storage.read_bytes(uri) == data
+    assert storage.read_whole(uri, length) == data
     assert storage.read_range(uri, min(3, length), 4) == data[3:7]
+    with storage.open_read(uri) as stream:
+        assert stream.read() == data
+        assert stream.seek(-min(length, 3), io.SEEK_END) == max(0, length - 3)
+        assert stream.read(2) == data[-3:][:2]
     storage.write_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
 
@@ -109,7 +48,13 @@ def test_json_list_and_delete(s3):
     listed = storage.list_files(f"{base}/d")
     assert [info.uri for info in listed] == [f"{base}/d/a", f"{base}/d/b", f"{base}/d/e/f"]
     assert [info.num_bytes for info in listed] == [storage.size(info.uri) for info in listed]
+    assert all(abs(info.modified_ns / 1e9 - time.time()) < 3600 for info in listed)
+    assert storage.list_folder(base) == ((), ("d", "d2"))
+    assert storage.list_folder(f"{base}/d/") == (("a", "b"), ("e",))
+    assert storage.list_folder(f"{base}/d/a") == (None, ())
     assert storage.list_files("s3://faces/absent") == []
+    with pytest.raises(MissingError, match=r"^s3://faces/absent: does not exist$"):
+        storage.list_folder("s3://faces/absent")
     storage.delete_file(f"{base}/d/a")
     storage.delete_file(f"{base}/d/a")
     storage.delete_tree(f"{base}/d")
@@ -119,14 +64,21 @@ def test_json_list_and_delete(s3):
 
 @pytest.mark.parametrize("uri", ["s3://faces/no/such.object", "s3://no-such-bucket/key"])
 def test_a_missing_object_is_named(s3, uri):
-    for action in (storage.read_bytes, storage.size, storage.read_json):
-        with pytest.raises(StorageError) as caught:
+    for action in (storage.read_bytes, storage.size, storage.read_json, storage.list_folder, storage.open_read):
+        with pytest.raises(MissingError) as caught:
             action(uri)
         assert str(caught.value) == f"{uri}: does not exist"
 
 
+def test_an_object_of_another_size_is_told_before_it_is_read(s3):
+    storage.write_bytes("s3://faces/sized", b"12345")
+    with pytest.raises(SizeError, match=r"^s3://faces/sized: has 5 bytes, 6 were expected$") as caught:
+        storage.read_whole("s3://faces/sized", 6)
+    assert (caught.value.found, caught.value.expected) == (5, 6)
+
+
 def test_a_write_to_a_bucket_that_does_not_exist_is_named(s3):
-    with pytest.raises(StorageError, match=r"^s3://no-such-bucket/key: "):
+    with pytest.raises(StorageError, match=r"^s3://no-such-bucket/key: cannot write after 1 attempt: .*NO_SUCH_BUCKET"):
         storage.write_bytes("s3://no-such-bucket/key", b"x")
 
 
@@ -157,23 +109,26 @@ def test_a_wrong_secret_is_an_error_that_names_the_uri(s3):
     lines = [line for line in done.stdout.splitlines() if line]
     assert len(lines) == 4
     assert all(line.startswith("s3://faces/secret: cannot ") for line in lines), lines
+    assert all(" after 1 attempt: " in line for line in lines), lines  # it would not help to try again
     assert storage.read_bytes("s3://faces/secret") == b"x"
 
 
 PACK = """
 import json, sys
-from pipeline.data.pack import pack
+from pipeline.data.pack import PackSettings, pack
 from pipeline.data.sources import SourceSpec, SyntheticConfig
 from pipeline.runtime import ray_session
 size = SyntheticConfig(num_identities=4, images_per_identity=3)
 spec = SourceSpec(format="synthetic", seed=3, synthetic=size)
 with ray_session():
-    packed = [pack(spec, place, samples_per_shard=5, seed=1).fingerprint for place in sys.argv[1:]]
+    settings = PackSettings(samples_per_shard=5, seed=1)
+    packed = [pack(spec, place, settings).fingerprint for place in sys.argv[1:]]
 print(json.dumps(packed))
 """
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_pack_on_s3_equals_a_local_one(s3, tmp_path):
     # A Ray cluster of its own: workers take the server's address from the environment in which the cluster started.
     done = run_python(PACK, s3, "s3://faces/packed", str(tmp_path / "packed"))
@@ -183,10 +138,12 @@ def test_a_pack_on_s3_equals_a_local_one(s3, tmp_path):
     assert [remote.fingerprint, local.fingerprint] == fingerprints
     assert remote.fingerprint == local.fingerprint
     assert remote.shards == local.shards
-    assert [info.uri.rsplit("/", 1)[1] for info in storage.list_files("s3://faces/packed")] == [
-        "manifest.json",
-        *(shard.name for shard in local.shards),
-    ]
+    (names, folders), (local_names, local_folders) = (
+        storage.list_folder(place) for place in ("s3://faces/packed", local.uri)
+    )
+    assert names == tuple(name for name in local_names if not name.startswith("."))  # a lock is local
+    assert [name for name in names if name.endswith(".tar")] == [shard.name for shard in local.shards]
+    assert folders == local_folders
     for number, info in enumerate(remote.shards):
         one = read_shard(remote.shard_uri(number), info, 4)
         two = read_shard(local.shard_uri(number), info, 4)

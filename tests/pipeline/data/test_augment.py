@@ -1,4 +1,4 @@
-"""AdaFace's augmentation against a plain re-implementation driven by the same draws, and the draws' statistics."""
+"""AdaFace's augmentation against the plain oracle driven by the same draws, and the draws' statistics."""
 
 from __future__ import annotations
 
@@ -9,139 +9,114 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
 
-from pipeline.data import augment
-from pipeline.data.augment import adaface, flip, unchanged, uniform_draws
+from pipeline.data.augment import adaface, uniform_draws
+from pipeline.data.augment.draws import NUM_ADAFACE_DRAWS, sample_keys, uniforms
+from pipeline.data.augment.geometry import CROP, LOW_RESOLUTION, crop_boxes, keep_box, lower_resolution
+from pipeline.data.images import decode_rgb
+from pipeline.data.recordio import RecordIOReader
+from pipeline.data.synthetic import SyntheticFaces
+from tests.pipeline.data import augment_oracle as oracle
+from tests.pipeline.data.augment_oracle import SIDE, faces
 
-SIDE = 112
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
-
-
-def faces(count: int, seed: int = 0) -> np.ndarray:
-    """Smooth and noisy pictures without a single black pixel."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(1, 256, (count, 8, 8, 3)).astype(np.uint8)
-    smooth = np.stack([cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR) for image in coarse])
-    noise = rng.integers(-10, 11, smooth.shape)
-    return np.clip(smooth.astype(np.int64) + noise, 1, 255).astype(np.uint8)
 
 
 def draws_of(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return uniform_draws(seed, np.full(count, epoch), np.arange(count))
 
 
-# --- the re-implementation, written from the protocol's words (PROTOCOLS 3(e)) ---
+def crop_draws(draws: np.ndarray) -> np.ndarray:
+    return draws[:, CROP.columns]
 
 
-def crop_parameters(draws: np.ndarray) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params(scale=(0.2, 1), ratio=(3/4, 4/3))."""
-    for attempt in range(10):
-        first, second = draws[13 + 2 * attempt], draws[14 + 2 * attempt]
-        area = (0.2 + 0.8 * first) * SIDE * SIDE
-        low, high = math.log(3 / 4), math.log(4 / 3)
-        aspect = math.exp(low + second * (high - low))
-        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= SIDE and 0 < height <= SIDE:
-            return int(draws[4] * (SIDE - height + 1)), int(draws[5] * (SIDE - width + 1)), height, width
-    return 0, 0, SIDE, SIDE
+def assert_equals_the_oracle(images: np.ndarray, index: np.ndarray, seed: int, epoch: np.ndarray) -> np.ndarray:
+    """Bit for bit; gives the draws."""
+    draws = uniform_draws(seed, epoch, index)
+    expected = np.stack([oracle.adaface(image, row) for image, row in zip(images, draws, strict=True)])
+    ours = adaface(images.copy(), index, seed, epoch)
+    wrong = np.flatnonzero((ours != expected).any(axis=(1, 2, 3)))
+    assert wrong.tolist() == []
+    return draws
 
 
-def crop_by_hand(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    top, left, height, width = crop_parameters(draws)
-    canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
-    canvas[top : top + height, left : left + width, :] = image[top : top + height, left : left + width, :]
-    return canvas
+# --- against the oracle ---
 
 
-def low_resolution_by_hand(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    methods = [cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4]
-    side = int((0.2 + 0.8 * draws[6]) * SIDE)
-    small = cv2.resize(image, (side, side), interpolation=methods[int(5 * draws[7])])
-    return cv2.resize(small, (SIDE, SIDE), interpolation=methods[int(5 * draws[8])])
+def test_adaface_equals_the_oracle_on_thousands_of_images():
+    seen = set()
+    for block in range(10):
+        index, epoch = (block * 250 + np.arange(250)) * 17, np.full(250, block // 4)
+        draws = assert_equals_the_oracle(faces(250, seed=block), index, 11, epoch)
+        seen |= {tuple(row) for row in draws[:, 1:4] < 0.2}
+    assert len(seen) == 8  # all combinations are among them, so no order of the steps goes untested
 
 
-def photometric_by_hand(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    orders = ["bcs", "bsc", "cbs", "csb", "sbc", "scb"]
-    brightness, contrast, saturation = (0.5 + draws[column] for column in (9, 10, 11))
-    picture = Image.fromarray(image)
-    for letter in orders[int(6 * draws[12])]:
-        if letter == "b":
-            picture = ImageEnhance.Brightness(picture).enhance(brightness)
-        elif letter == "c":
-            picture = ImageEnhance.Contrast(picture).enhance(contrast)
-        else:
-            picture = ImageEnhance.Color(picture).enhance(saturation)
-    return np.array(picture)
+def test_adaface_equals_the_oracle_on_rendered_faces():
+    people = SyntheticFaces(num_identities=20, images_per_identity=5)
+    images = np.stack([people.image(i) for i in range(100)])
+    for epoch in range(3):
+        assert_equals_the_oracle(images, np.arange(100), 5, np.full(100, epoch))
 
 
-def adaface_by_hand(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    if draws[1] < 0.2:
-        image = crop_by_hand(image, draws)
-    if draws[2] < 0.2:
-        image = low_resolution_by_hand(image, draws)
-    if draws[3] < 0.2:
-        image = photometric_by_hand(image, draws)
-    if draws[0] < 0.5:
-        image = cv2.flip(image, 1)
-    return image
+@pytest.mark.data
+def test_adaface_equals_the_oracle_on_real_faces(shared_data):
+    reader = RecordIOReader(str(shared_data / "faces_celeb299" / "train.rec"))
+    images = np.stack([decode_rgb(reader[key].payload) for key in range(1, 501)])
+    assert_equals_the_oracle(images, np.arange(500), 0, np.zeros(500, np.int64))
 
 
-def splitmix(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, MASK),
+    epoch=st.integers(0, 1000),
+    first=st.integers(0, 2**40),
+    pixels=st.sampled_from(["black", "white", "noise", "one colour", "two colours"]),
+)
+def test_adaface_equals_the_oracle_on_odd_images(seed, epoch, first, pixels):
+    rng = np.random.default_rng([seed, epoch])
+    images = {
+        "black": np.zeros((30, SIDE, SIDE, 3), np.uint8),
+        "white": np.full((30, SIDE, SIDE, 3), 255, np.uint8),
+        "noise": rng.integers(0, 256, (30, SIDE, SIDE, 3)).astype(np.uint8),
+        "one colour": np.broadcast_to(rng.integers(0, 256, (30, 1, 1, 3)), (30, SIDE, SIDE, 3)).astype(np.uint8),
+        "two colours": rng.integers(0, 2, (30, SIDE, SIDE, 3)).astype(np.uint8) * 255,
+    }[pixels]
+    assert_equals_the_oracle(images, first + np.arange(30), seed, np.full(30, epoch))
 
 
-# --- against the re-implementation ---
-
-
-def test_adaface_equals_the_re_implementation():
-    images = faces(600)
-    index, epoch = np.arange(600) * 17, np.repeat([0, 3], 300)
-    ours, draws = adaface(images, index, 11, epoch), uniform_draws(11, epoch, index)
-    # All eight combinations are among them, so no order of the steps goes untested.
-    assert len({tuple(row) for row in draws[:, 1:4] < 0.2}) == 8
-    for i in range(600):
-        np.testing.assert_array_equal(ours[i], adaface_by_hand(images[i], draws[i]))
-
-
-def test_every_interpolation_pair_and_colour_order_equals_the_re_implementation():
+def test_every_pair_of_interpolations_equals_the_oracle():
     image, draws = faces(1)[0], draws_of(400)
-    pairs, orders = set(), set()
-    for row in draws:
-        np.testing.assert_array_equal(
-            augment.lower_resolution(image, row[6], row[7:9]), low_resolution_by_hand(image, row)
-        )
-        np.testing.assert_array_equal(
-            augment.jitter_colours(image, row[9:12], row[12]), photometric_by_hand(image, row)
-        )
-        pairs.add((int(5 * row[7]), int(5 * row[8])))
-        orders.add(int(6 * row[12]))
+    pairs = set()
+    for row, arguments in zip(draws, LOW_RESOLUTION.plan(draws[:, LOW_RESOLUTION.columns], SIDE), strict=True):
+        ours = image.copy()
+        LOW_RESOLUTION.apply(ours, *arguments)
+        np.testing.assert_array_equal(ours, oracle.low_resolution(image, row))
+        pairs.add(arguments[1:])
     assert len(pairs) == 25
-    assert len(orders) == 6
 
 
 def test_crop_boxes_equal_torchvisions_formula():
-    draws = draws_of(3000)
-    boxes = augment.crop_boxes(draws, SIDE)
-    assert [tuple(box) for box in boxes.tolist()] == [crop_parameters(row) for row in draws]
+    draws = draws_of(5000)
+    boxes = crop_boxes(crop_draws(draws), SIDE)
+    assert [tuple(box) for box in boxes.tolist()] == [oracle.crop_parameters(row) for row in draws]
 
 
 def test_a_crop_that_never_fits_falls_back_to_the_whole_image():
-    draws = np.full((1, augment.NUM_DRAWS), 0.99)
+    draws = np.full((1, NUM_ADAFACE_DRAWS), 0.99)
     draws[:, 14::2] = 0.999  # the widest ratio of the largest area: wider than the image, ten times over
     draws[:, 13::2] = 0.999
-    assert augment.crop_boxes(draws, SIDE).tolist() == [[0, 0, SIDE, SIDE]]
-    assert crop_parameters(draws[0]) == (0, 0, SIDE, SIDE)
+    assert crop_boxes(crop_draws(draws), SIDE).tolist() == [[0, 0, SIDE, SIDE]]
+    assert oracle.crop_parameters(draws[0]) == (0, 0, SIDE, SIDE)
 
 
 def test_black_outside_the_crop_and_untouched_inside():
     images = faces(50)
-    for image, box in zip(images, augment.crop_boxes(draws_of(50), SIDE), strict=True):
+    for image, box in zip(images, crop_boxes(crop_draws(draws_of(50)), SIDE).tolist(), strict=True):
         top, left, height, width = box
-        kept = augment.paste_crop(image, box)
+        kept = image.copy()
+        keep_box(kept, *box)
         inside = np.zeros((SIDE, SIDE), bool)
         inside[top : top + height, left : left + width] = True
         np.testing.assert_array_equal(kept[inside], image[inside])
@@ -151,8 +126,7 @@ def test_black_outside_the_crop_and_untouched_inside():
 
 def test_ranges_of_the_parameters():
     draws = draws_of(20_000)
-    boxes = augment.crop_boxes(draws, SIDE)
-    top, left, height, width = boxes.T
+    top, left, height, width = crop_boxes(crop_draws(draws), SIDE).T
     assert (top >= 0).all()
     assert (left >= 0).all()
     assert (top + height <= SIDE).all()
@@ -162,24 +136,16 @@ def test_ranges_of_the_parameters():
     assert 0.95 < share.max() <= 1
     assert 0.73 < ratio.min() < 0.77
     assert 1.30 < ratio.max() < 1.37
-    sides = [int((0.2 + 0.8 * draw) * SIDE) for draw in draws[:, 6]]
+    sides = [small for small, _, _ in LOW_RESOLUTION.plan(draws[:, LOW_RESOLUTION.columns], SIDE)]
     assert (min(sides), max(sides)) == (22, 111)
 
 
-@pytest.mark.parametrize(("draw", "side"), [(0.0, 22), (0.9999, 111), (0.5, 67)])
-def test_the_image_is_shrunk_to_22_to_111_pixels(draw, side):
+@pytest.mark.parametrize("small", [22, 67, 111])
+def test_the_image_is_shrunk_to_as_many_pixels_as_drawn(small):
     # Nearest down and up keeps as many different columns as the small picture has.
     columns = np.arange(SIDE, dtype=np.uint8)[None, :, None].repeat(SIDE, 0).repeat(3, 2)
-    seen = augment.lower_resolution(columns, draw, np.array([0.0, 0.0]))
-    assert len(np.unique(seen[0, :, 0])) == side
-
-
-@pytest.mark.parametrize(("draw", "factor"), [(0.0, 0.5), (0.5, 1.0), (np.nextafter(1, 0), 1.5)])
-def test_brightness_factors_go_from_a_half_to_one_and_a_half(draw, factor):
-    grey = np.full((SIDE, SIDE, 3), 100, np.uint8)  # of one grey: contrast and saturation leave it
-    seen = augment.jitter_colours(grey, np.array([draw, 0.3, 0.9]), 0.0)
-    assert abs(int(seen[0, 0, 0]) - 100 * factor) <= 1
-    assert seen.min() == seen.max()
+    lower_resolution(columns, small, cv2.INTER_NEAREST, cv2.INTER_NEAREST)
+    assert len(np.unique(columns[0, :, 0])) == small
 
 
 # --- rates and uniformity ---
@@ -202,30 +168,20 @@ def test_the_empirical_rates():
     assert near(applied.all(axis=1).mean(), 0.008)
 
 
-def test_the_images_that_come_back_untouched_are_as_many_as_the_protocol_says():
-    count = 4000
-    image = faces(1)
-    out = adaface(np.broadcast_to(image, (count, SIDE, SIDE, 3)), np.arange(count), 0, np.zeros(count, np.int64))
-    flipped = image[0][:, ::-1]
-    plain, mirrored = (out == image).all(axis=(1, 2, 3)), (out == flipped).all(axis=(1, 2, 3))
-    error = 4 * math.sqrt(0.256 * 0.744 / count)
-    assert abs(plain.mean() - 0.256) < error
-    assert abs(mirrored.mean() - 0.256) < error
-
-
 def test_every_column_is_uniform():
-    draws = draws_of(20_000, seed=9)
+    columns = [*range(NUM_ADAFACE_DRAWS), 40, 64, 100, 127, 100_000]
+    draws = uniforms(sample_keys(9, np.zeros(20_000, np.int64), np.arange(20_000)), columns)
     assert 0 <= draws.min() < draws.max() < 1
     grid = np.arange(1, 20_001) / 20_000
-    for column in range(augment.NUM_DRAWS):
+    for column in range(len(columns)):
         values = np.sort(draws[:, column])
         distance = max((grid - values).max(), (values - grid + 1 / 20_000).max())
         assert distance < 2.2 / math.sqrt(20_000)  # Kolmogorov-Smirnov: p = 1e-4 each
 
 
 def test_columns_are_independent():
-    draws = draws_of(20_000, seed=10)
-    correlation = np.corrcoef(draws.T) - np.eye(augment.NUM_DRAWS)
+    draws = uniform_draws(10, np.zeros(20_000, np.int64), np.arange(20_000), range(130))
+    correlation = np.corrcoef(draws.T) - np.eye(130)
     assert np.abs(correlation).max() < 5 / math.sqrt(20_000)
     for a, b in ((0, 1), (1, 2), (2, 3), (4, 5), (13, 14), (0, 32)):  # chi-square of 8 x 8 cells: 49 degrees of freedom
         counts = np.histogram2d(draws[:, a], draws[:, b], bins=8, range=[[0, 1], [0, 1]])[0]
@@ -248,53 +204,25 @@ def test_neighbouring_indices_epochs_and_seeds_are_independent():
             assert abs(np.corrcoef(base[1:, column], other[1:, column])[0, 1]) < 5 / math.sqrt(count)
 
 
-@given(seed=st.integers(0, MASK), epoch=st.integers(0, 10**6), index=st.integers(0, 2**40))
-def test_the_draws_are_splitmix64_of_seed_epoch_and_index(seed, epoch, index):
+def splitmix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+@given(
+    seed=st.integers(0, MASK),
+    epoch=st.integers(0, 10**6),
+    index=st.integers(0, 2**40),
+    others=st.lists(st.integers(0, 10**6), min_size=1, max_size=5),
+)
+def test_the_draws_are_splitmix64_of_seed_epoch_index_and_column(seed, epoch, index, others):
     # By Python's integers: a change of numpy or machine cannot shift what a run saw.
     key = splitmix(splitmix(splitmix((seed + GOLDEN) & MASK) ^ epoch) ^ index)
-    expected = [(splitmix((key + column * GOLDEN) & MASK) >> 11) * 2.0**-53 for column in range(1, 34)]
-    assert augment.NUM_DRAWS == 33
-    assert uniform_draws(seed, np.array([epoch]), np.array([index]))[0].tolist() == expected
 
+    def expected(columns: list[int]) -> list[float]:
+        return [(splitmix((key + (column + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53 for column in columns]
 
-# --- what the augmentations promise ---
-
-
-@settings(max_examples=25)
-@given(data=st.data(), name=st.sampled_from(["adaface", "flip", "none"]))
-def test_permuting_and_cutting_the_rows_permutes_and_cuts_the_result(data, name):
-    images, function = faces(12), augment.AUGMENTATIONS[name]
-    index, epoch = np.arange(12) * 5, np.arange(12) // 4
-    whole = function(images, index, 3, epoch)
-    order = np.array(data.draw(st.permutations(range(12))))
-    cut = data.draw(st.integers(0, 12))
-    parts = [function(images[rows], index[rows], 3, epoch[rows]) for rows in (order[:cut], order[cut:])]
-    np.testing.assert_array_equal(np.concatenate(parts), whole[order])
-
-
-@pytest.mark.parametrize("function", [adaface, flip])
-def test_the_input_is_not_modified(function):
-    images = faces(64)
-    before = images.copy()
-    out = function(images, np.arange(64), 0, np.zeros(64, np.int64))
-    np.testing.assert_array_equal(images, before)
-    assert not np.shares_memory(out, images)
-    assert (out.dtype, out.shape) == (np.uint8, images.shape)
-    out[:] = 0
-    np.testing.assert_array_equal(images, before)
-    images.flags.writeable = False  # as a block from Ray's object store
-    function(images, np.arange(64), 0, np.zeros(64, np.int64))
-
-
-def test_flip_mirrors_half_of_the_images_and_nothing_else():
-    images = faces(200)
-    out = flip(images, np.arange(200), 6, np.zeros(200, np.int64))
-    mirrored = draws_of(200, seed=6)[:, 0] < 0.5
-    assert 70 < mirrored.sum() < 130
-    np.testing.assert_array_equal(out[mirrored], images[mirrored][:, :, ::-1])
-    np.testing.assert_array_equal(out[~mirrored], images[~mirrored])
-
-
-def test_none_changes_nothing():
-    images = faces(4)
-    np.testing.assert_array_equal(unchanged(images, np.arange(4), 0, np.zeros(4, np.int64)), faces(4))
+    row = np.array([epoch]), np.array([index])
+    assert uniform_draws(seed, *row)[0].tolist() == expected(list(range(33)))
+    assert uniform_draws(seed, *row, others)[0].tolist() == expected(others)

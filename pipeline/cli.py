@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -17,12 +17,13 @@ from pipeline import storage
 from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.console import JobDisplay, closing_table, packed_table
 from pipeline.data.benchmarks import find_verification_sets
-from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD, pack
-from pipeline.data.sources import SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
+from pipeline.data.checks import PackChecks
+from pipeline.data.pack import PackSettings, pack
+from pipeline.data.sources import PACKED, SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
 from pipeline.errors import message, user_error
 from pipeline.graph import run_graph
 from pipeline.runtime import ray_session
-from pipeline.stages import RunPlace, training_stages
+from pipeline.stages import RunPlace, training_stages, wanted_sets
 from pipeline.tracking import runs
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.training.metrics_log import NAME as METRICS
@@ -78,15 +79,19 @@ class PackArguments:
     """Pack a face data set into verified WebDataset shards with a manifest."""
 
     source: str
-    """Folder of the source (train.rec and train.idx), or the word synthetic."""
+    """Place of the source (a folder or a file), or the word synthetic."""
     output: str
     """Folder or URI for the shards and their manifest."""
-    format: Literal["auto", "recordio", "synthetic"] = "auto"
-    """Kind of the source."""
-    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
-    """Samples of every shard but the last."""
-    seed: int = 0
-    """Of the shuffle."""
+    format: Literal["auto", "recordio", "webdataset", "archives", "tables", "list", "folder", "synthetic"] = "auto"
+    """Kind of the source; auto: what lies there tells."""
+    settings: Annotated[PackSettings, tyro.conf.arg(name="")] = field(default_factory=PackSettings)
+    checks: PackChecks = field(default_factory=PackChecks)
+    image_column: str = ""
+    """Of tables (Parquet, Arrow): the column of encoded images; empty: found by its usual names."""
+    label_column: str = ""
+    """Of tables: the column that says who it is; empty: found by its usual names."""
+    root: str = ""
+    """Of list files: what their paths are relative to; empty: the folder of the list."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -96,18 +101,26 @@ def pack_job(arguments: list[str] | None = None) -> int:
     def job() -> None:
         wanted = tyro.cli(PackArguments, args=arguments)
         kind = detect_format(wanted.source) if wanted.format == "auto" else wanted.format
-        if kind == "packed":
+        if kind == PACKED:
             raise ValueError(f"source={wanted.source!r} is packed already: it has a manifest")
-        spec = SourceSpec(format=kind, uri=wanted.source, seed=wanted.seed, synthetic=wanted.synthetic)
+        spec = SourceSpec(
+            format=kind,
+            uri="" if kind == SYNTHETIC else storage.normalise(wanted.source),
+            image_column=wanted.image_column,
+            label_column=wanted.label_column,
+            root=wanted.root,
+            seed=wanted.settings.seed,
+            synthetic=wanted.synthetic,
+        )
         console = Console()
         with ray_session(), JobDisplay(console) as display:
             display.stage("pack", False)
             manifest = pack(
                 spec,
                 wanted.output,
-                samples_per_shard=wanted.samples_per_shard,
-                seed=wanted.seed,
-                on_progress=lambda done, total: display.update("pack", done, total, "shards"),
+                wanted.settings,
+                wanted.checks,
+                on_progress=lambda what, done, total: display.update("pack", done, total, what),
             )
         console.print(packed_table(manifest))
 
@@ -128,8 +141,8 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
 def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: float) -> dict[str, Any]:
     _check_resumable(config, run_uri)
-    if config.data != SYNTHETIC:
-        detect_format(config.data)  # a mistyped place is told before anything is started
+    for uri in wanted_sets(config):
+        detect_format(uri)  # a mistyped place is told before anything is started
     if config.benchmarks != SYNTHETIC:
         find_verification_sets(config.benchmarks)
     place = _open_place(config, run_uri)
@@ -155,7 +168,10 @@ def _with_place(config: TrainConfig) -> TrainConfig:
         # A packaged working directory (`ray job submit --working-dir`) is deleted after the job.
         folder = os.path.join("~", "lgaf-outputs")
     data, sets = (uri if uri in ("", SYNTHETIC) else storage.normalise(uri) for uri in (config.data, config.benchmarks))
-    config = replace(config, storage=storage.normalise(folder), data=data, benchmarks=sets)
+    mix = {uri if uri == SYNTHETIC else storage.normalise(uri): weight for uri, weight in config.mix.items()}
+    if data in mix:
+        raise ValueError(f"mix={data!r} is --data too: each set is named once")
+    config = replace(config, storage=storage.normalise(folder), data=data, mix=mix, benchmarks=sets)
     content = {key: value for key, value in asdict(config).items() if key not in RESUMABLE}
     return replace(config, run_name=config.run_name or f"{config.preset}-{storage.fingerprint(content)[:8]}")
 

@@ -144,7 +144,10 @@ class TrainConfig:
 
     preset: tyro.conf.Suppress[str]
     data: str = SYNTHETIC
-    """Training data: a packed data set, an InsightFace RecordIO folder, or the word synthetic."""
+    """Training data: a packed data set, any source that can be packed (docs/data.md), or the word synthetic."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Further data sets to train on at once, each with how often an epoch sees it (1: once):
+    --mix s3://faces/ms1mv2 1 s3://faces/glint 0.5. Their people are counted after those of --data."""
     benchmarks: str = SYNTHETIC
     """Verification sets: a folder with .bin files, one such file, or the word synthetic."""
     storage: str = "outputs"

@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from typing import Final
 
 from pipeline.data.manifest import ManifestError
-from pipeline.data.pack import PackError
+from pipeline.data.quarantine import QuarantineError
 from pipeline.data.recordio import RecordIOError
 from pipeline.data.shards import ShardError
+from pipeline.data.sources import SourceError
+from pipeline.data.spill import PackError
 from pipeline.storage import MissingError, StorageError
 
-DATA_ERRORS: Final = (ManifestError, MissingError, PackError, RecordIOError, ShardError)
+DATA_ERRORS: Final = (
+    ManifestError,
+    MissingError,
+    PackError,
+    QuarantineError,
+    RecordIOError,
+    ShardError,
+    SourceError,
+)
 USER_ERRORS: Final = (*DATA_ERRORS, StorageError, ValueError)
 
 

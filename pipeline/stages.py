@@ -12,9 +12,10 @@ from pipeline import storage
 from pipeline.config import RESUMABLE, TrainConfig
 from pipeline.data import manifest as manifest_file
 from pipeline.data.benchmarks import find_verification_sets, write_verification_bin
-from pipeline.data.manifest import Manifest
-from pipeline.data.pack import pack
-from pipeline.data.sources import SYNTHETIC, SourceSpec, detect_format, open_source
+from pipeline.data.manifest import FORMAT_VERSION, Manifest
+from pipeline.data.mixture import Mixture
+from pipeline.data.pack import PackSettings, pack
+from pipeline.data.sources import PACKED, SYNTHETIC, SourceSpec, detect_format, open_source
 from pipeline.data.synthetic import RENDERER_VERSION, SYNTHETIC_BENCHMARKS, benchmark_pairs
 from pipeline.evaluation.report import EvalReport, loss_figure, roc_figure
 from pipeline.evaluation.suite import evaluate_benchmarks
@@ -35,9 +36,10 @@ OnProgress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedData:
-    """Packed training data: where, and the manifest's own fingerprint and counts."""
+    """Packed training data: each set with its weight, and the fingerprint and counts of them together."""
 
     uri: str
+    sets: tuple[tuple[str, float], ...]
     fingerprint: str
     num_samples: int
     num_classes: int
@@ -71,7 +73,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
         Stage(
             name="data",
             artefact=PackedData,
-            inputs={"data": config.data, "pack": content["pack"]},
+            inputs={"data": config.data, "mix": config.mix, "pack": content["pack"], "format": FORMAT_VERSION},
             needs=(),
             run=functools.partial(_prepare_data, config, on_progress),
             is_valid=_is_unchanged,
@@ -111,50 +113,51 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
 
 
 def _is_unchanged(data: PackedData) -> bool:
-    found = storage.exists(storage.join(data.uri, manifest_file.NAME))
-    return found and Manifest.load(data.uri).fingerprint == data.fingerprint
+    found = all(storage.exists(storage.join(uri, manifest_file.NAME)) for uri, _ in data.sets)
+    return found and Mixture.load(dict(data.sets)).fingerprint == data.fingerprint
 
 
 def _prepare_data(config: TrainConfig, on_progress: OnProgress, needed: Mapping[str, Any]) -> PackedData:
-    kind = detect_format(config.data)
-    if kind == "packed":
-        return _describe(Manifest.load(config.data))
+    weights = {_prepare_set(uri, config, on_progress): weight for uri, weight in wanted_sets(config).items()}
+    data = Mixture.load(weights)
+    return PackedData(
+        uri=data.uri,
+        sets=tuple(weights.items()),
+        fingerprint=data.fingerprint,
+        num_samples=data.num_samples,
+        num_classes=data.num_classes,
+        num_shards=len(data.shards),
+    )
+
+
+def wanted_sets(config: TrainConfig) -> dict[str, float]:
+    """The data sets that a run trains on, by place, each with its weight."""
+    return {config.data: 1.0} | config.mix
+
+
+def _prepare_set(uri: str, config: TrainConfig, on_progress: OnProgress) -> str:
+    """Where the packed form of a data set lies; a source that is not packed yet is packed now."""
+    kind = detect_format(uri)
+    if kind == PACKED:
+        return storage.normalise(uri)
     spec = SourceSpec(
         format=kind,
-        uri="" if kind == SYNTHETIC else storage.normalise(config.data),
+        uri="" if kind == SYNTHETIC else storage.normalise(uri),
         seed=config.pack.seed,
         synthetic=config.pack.synthetic,
     )
-    return _describe(pack_shared(spec, config, on_progress))
+    return pack_shared(spec, config, on_progress).uri
 
 
 def pack_shared(spec: SourceSpec, config: TrainConfig, on_progress: OnProgress) -> Manifest:
     """Pack a source into the storage's ``data`` folder, once: runs on equal data share the shards."""
-    key = {
-        "source": open_source(spec).describe(),
-        "seed": config.pack.seed,
-        "samples_per_shard": config.pack.samples_per_shard,
-    }
+    settings = PackSettings(samples_per_shard=config.pack.samples_per_shard, seed=config.pack.seed)
+    source = open_source(spec)
+    key = {"source": source.version() | source.describe(), "settings": asdict(settings), "format": FORMAT_VERSION}
     output = storage.join(config.storage, "data", f"{spec.format}-{storage.fingerprint(key)[:12]}")
     if storage.exists(storage.join(output, manifest_file.NAME)):
         return Manifest.load(output)
-    return pack(
-        spec,
-        output,
-        samples_per_shard=config.pack.samples_per_shard,
-        seed=config.pack.seed,
-        on_progress=lambda done, total: on_progress("data", done, total, "shards packed"),
-    )
-
-
-def _describe(manifest: Manifest) -> PackedData:
-    return PackedData(
-        uri=manifest.uri,
-        fingerprint=manifest.fingerprint,
-        num_samples=manifest.num_samples,
-        num_classes=manifest.num_classes,
-        num_shards=len(manifest.shards),
-    )
+    return pack(spec, output, settings, on_progress=lambda what, done, total: on_progress("data", done, total, what))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,18 +198,18 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
     runs.log_dataset(
         place.tracking_uri,
         place.mlflow_run_id,
-        name=data.uri.rsplit("/", 1)[1],
+        name=" + ".join(uri.rsplit("/", 1)[1] for uri, _ in data.sets),
         uri=data.uri,
         fingerprint=data.fingerprint,
         num_samples=data.num_samples,
         num_classes=data.num_classes,
     )
-    manifest = Manifest.load(data.uri)
+    loaded = Mixture.load(dict(data.sets))
     done = latest_step(place.uri)
-    on_progress("train", done, stream_plan(config, manifest).total_steps, "resumed" if done else "from the start")
+    on_progress("train", done, stream_plan(config, loaded).total_steps, "resumed" if done else "from the start")
     trained = train(
         config,
-        manifest,
+        loaded,
         place.uri,
         tracking_uri=place.tracking_uri,
         mlflow_run_id=place.mlflow_run_id,

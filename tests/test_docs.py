@@ -30,7 +30,7 @@ DEFAULT = ("LGAF", "b=4", "Energy", "ADD", "LGAF (ArcFace)")
 
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{number}")
-    for name in ("README.md", "docs/head.md")
+    for name in ("README.md", "docs/data.md", "docs/head.md")
     for number, code in enumerate(
         re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import storage
 
 NAME: Final = "manifest.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 class ManifestError(ValueError):
@@ -20,12 +20,21 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """One WebDataset shard: file name beside the manifest, samples, bytes, sha256 (hex)."""
+    """One WebDataset shard.
+
+    Attributes:
+        name: File name beside the manifest.
+        num_samples: Samples in it.
+        num_bytes: Size of the file.
+        sha256: Of the file, hex.
+        crc32: Of each MiB of the file, eight hex digits each: says where a damaged one is damaged.
+    """
 
     name: str
     num_samples: int
     num_bytes: int
     sha256: str
+    crc32: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +74,22 @@ class Manifest:
         """SHA-256 over everything but the place: equal data has equal fingerprints wherever it lies."""
         return storage.fingerprint(self._content())
 
+    @property
+    def members(self) -> tuple[tuple[int, float], ...]:
+        """One data set, seen once an epoch (see `pipeline.data.order.DataSet`)."""
+        return ((len(self.shards), 1.0),)
+
     def shard_uri(self, shard: int) -> str:
         """URI of one shard."""
         return storage.join(self.uri, self.shards[shard].name)
+
+    def label_range(self, shard: int) -> range:
+        """Labels that the samples of a shard may have."""
+        return range(self.num_classes)
+
+    def without_identities(self) -> Manifest:
+        """The same data without the names, which are long and which data workers do not need."""
+        return replace(self, identities=())
 
     def save(self) -> None:
         """Write the manifest (atomically); a data set without one is not complete."""
@@ -100,7 +122,8 @@ class Manifest:
         try:
             if content["format_version"] != FORMAT_VERSION:
                 raise ManifestError(
-                    f"{place}: format_version is {content['format_version']}, this version reads {FORMAT_VERSION}"
+                    f"{place}: format_version is {content['format_version']}, this version reads {FORMAT_VERSION}: "
+                    "pack the data again (jobs/pack_dataset.py)"
                 )
             manifest = cls(
                 uri=storage.normalise(uri),

@@ -1,72 +1,92 @@
 """The order of samples as a pure function: which sample is where in which global batch.
 
-An epoch is one permutation of all samples: the shards in random order, the rows of each shard in random order. It is
-cut into ``num_streams`` equal runs; a global batch takes the same number of samples from the head of every stream, so a
-batch mixes many shards while each shard is read once, as a whole. Nothing here depends on the number of workers: a rank
-reads the slots of the global batch that are its own. The position in a run is the step number alone.
+An epoch is one sequence of all samples: the shards in random order, the rows of each shard in random order. It is cut
+into ``num_streams`` equal runs; a global batch takes the same number of samples from the head of every run, so a batch
+mixes many shards while each shard is read once, as a whole. Nothing here depends on the number of workers: a rank reads
+the slots of the global batch that are its own. The position in a run is the step number alone.
+
+Several data sets in one order (`pipeline.data.mixture`): each goes round and round in laps, every lap a new order of
+its shards and rows; an epoch takes ``weight`` laps of each, from where the epoch before stopped, and shuffles the
+stretches.
 """
+
+# Shape legend: n = samples of a plan, in the order of training
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import ShardInfo
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet(Protocol):
+    """What an order is made of: a `Manifest`, or a `Mixture` of several."""
+
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """All shards; a shard's number is its place here."""
+        ...
+
+    @property
+    def members(self) -> tuple[tuple[int, float], ...]:
+        """The data sets in it, in shard order: (number of shards, laps an epoch)."""
+        ...
+
+
+class Segment(NamedTuple):
+    """A stretch of an epoch within one shard: positions ``start`` to ``stop`` of its shuffled rows, in one lap."""
+
+    shard: int
+    lap: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochOrder:
-    """The order of one epoch: shard sizes, the shards' order, and the seed of the rows' orders.
+    """The order of one epoch.
 
     Attributes:
+        segments: The epoch's sequence.
         shard_sizes: Samples of each shard, by shard number.
-        shard_order: Shard numbers in the order of this epoch.
         seed: Of the run.
-        epoch: From 0.
         num_streams: Runs into which the epoch is cut.
     """
 
+    segments: tuple[Segment, ...]
     shard_sizes: tuple[int, ...]
-    shard_order: tuple[int, ...]
     seed: int
-    epoch: int
     num_streams: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the epoch."""
+        return int(self.ends[-1])
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Place in the epoch behind the last sample of each segment: int64."""
+        return np.cumsum([segment.stop - segment.start for segment in self.segments], dtype=np.int64)
 
     def num_steps(self, batch: int) -> int:
         """Global batches of the epoch; what remains (fewer samples than one batch) is left out this epoch."""
-        return sum(self.shard_sizes) // batch
+        return self.num_samples // batch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadPiece:
-    """What one rank reads of one shard in one go, for one stream.
+class Plan(NamedTuple):
+    """Samples of one rank in the order of training, each array int64 [n]: shard, row in its file, lap of its set."""
 
-    Attributes:
-        epoch: Of the order.
-        stream: The stream that the rows feed.
-        shard: Shard number.
-        start: First position in the shard's shuffled rows.
-        stop: Position behind the last.
-        phase: Slot (within the stream's part of a global batch) of the row at ``start``.
-        period: Slots of the stream in a global batch.
-        slots: This rank's slots of them, as (first, behind the last).
-        first_step: Step of the epoch that needs the first row.
-    """
-
-    epoch: int
-    stream: int
-    shard: int
-    start: int
-    stop: int
-    phase: int
-    period: int
-    slots: tuple[int, int]
-    first_step: int
+    shard: np.ndarray
+    row: np.ndarray
+    lap: np.ndarray
 
 
-def epoch_order(manifest: Manifest, seed: int, epoch: int, num_streams: int) -> EpochOrder:
+def epoch_order(data: DataSet, seed: int, epoch: int, num_streams: int) -> EpochOrder:
     """The order of one epoch.
 
     Raises:
@@ -74,30 +94,45 @@ def epoch_order(manifest: Manifest, seed: int, epoch: int, num_streams: int) -> 
     """
     if num_streams < 1:
         raise ValueError(f"num_streams={num_streams} must be at least 1")
-    order = np.random.default_rng((seed, epoch)).permutation(len(manifest.shards))
-    return EpochOrder(
-        shard_sizes=tuple(shard.num_samples for shard in manifest.shards),
-        shard_order=tuple(order.tolist()),
-        seed=seed,
-        epoch=epoch,
-        num_streams=num_streams,
-    )
+    sizes = tuple(shard.num_samples for shard in data.shards)
+    segments: list[Segment] = []
+    first = 0
+    for member, (num_shards, weight) in enumerate(data.members):
+        count = lap_samples(sizes[first : first + num_shards], weight)
+        segments += _laps(
+            sizes, range(first, first + num_shards), member, seed, range(epoch * count, (epoch + 1) * count)
+        )
+        first += num_shards
+    if len(data.members) > 1:
+        mixed = np.random.default_rng((seed, epoch, len(data.members))).permutation(len(segments))
+        segments = [segments[place] for place in mixed]
+    return EpochOrder(segments=tuple(segments), shard_sizes=sizes, seed=seed, num_streams=num_streams)
+
+
+def lap_samples(sizes: Sequence[int], weight: float) -> int:
+    """Samples that an epoch takes of a set with shards of these sizes."""
+    return round(sum(sizes) * weight)
+
+
+def _laps(sizes: tuple[int, ...], shards: range, member: int, seed: int, wanted: range) -> list[Segment]:
+    """The stretches of a set's endless round (lap after lap, each in an order of its own) that an epoch takes."""
+    per_lap = sum(sizes[shard] for shard in shards)
+    segments = []
+    position = wanted.start - wanted.start % per_lap if len(wanted) else wanted.stop
+    while position < wanted.stop:
+        lap = position // per_lap
+        for shard in (shards.start + np.random.default_rng((seed, lap, member)).permutation(len(shards))).tolist():
+            start = max(wanted.start - position, 0)
+            stop = min(wanted.stop - position, sizes[shard])
+            if start < stop:
+                segments.append(Segment(shard, lap, start, stop))
+            position += sizes[shard]
+    return segments
 
 
 def rank_slots(batch: int, world_size: int, rank: int) -> tuple[int, int]:
     """This rank's slots of a global batch, as (first, behind the last); ranks differ by at most one."""
     return rank * batch // world_size, (rank + 1) * batch // world_size
-
-
-def stream_slots(batch: int, num_streams: int, world_size: int, rank: int) -> list[tuple[int, int, int]]:
-    """The streams that feed a rank: (stream, first slot in the stream's part, behind the last), in batch order."""
-    check_batch(batch, num_streams, world_size)
-    period = batch // num_streams
-    low, high = rank_slots(batch, world_size, rank)
-    return [
-        (stream, max(low - stream * period, 0), min(high - stream * period, period))
-        for stream in range(low // period, -(-high // period))
-    ]
 
 
 def check_batch(batch: int, num_streams: int, world_size: int) -> None:
@@ -108,83 +143,63 @@ def check_batch(batch: int, num_streams: int, world_size: int) -> None:
         raise ValueError(f"batch_size={batch} is less than the {world_size} workers; each needs a sample")
 
 
-def plan(
+def plan(order: EpochOrder, world_size: int, rank: int, batch: int, step: int = 0, end: int | None = None) -> Plan:
+    """The samples of one rank for the steps of an epoch from ``step`` on (to before ``end``), batch after batch."""
+    segment, position = _places(order, world_size, rank, batch, step, end)
+    shard, row, lap = (np.empty(len(segment), np.int64) for _ in range(3))
+    for number in np.unique(segment).tolist():
+        here = segment == number
+        piece = order.segments[number]
+        begin = int(order.ends[number]) - (piece.stop - piece.start)
+        rows = row_order(order.seed, piece.lap, piece.shard, order.shard_sizes[piece.shard])
+        shard[here], lap[here] = piece.shard, piece.lap
+        row[here] = rows[position[here] - begin + piece.start]
+    return Plan(shard, row, lap)
+
+
+def planned_shards(
     order: EpochOrder, world_size: int, rank: int, batch: int, step: int = 0, end: int | None = None
-) -> list[ReadPiece]:
-    """What a rank reads for the steps of an epoch from ``step`` on (to before ``end``), in the order of its need."""
-    num_steps = order.num_steps(batch)
-    last = num_steps if end is None else min(end, num_steps)
-    period = batch // order.num_streams
-    ends = np.cumsum([order.shard_sizes[shard] for shard in order.shard_order])
-    pieces = []
-    for stream, low, high in stream_slots(batch, order.num_streams, world_size, rank):
-        base = stream * num_steps * period
-        position, stop = base + step * period, base + last * period
-        while position < stop:
-            place = int(np.searchsorted(ends, position, side="right"))
-            shard = order.shard_order[place]
-            begin = int(ends[place]) - order.shard_sizes[shard]
-            end = min(int(ends[place]), stop)
-            piece = ReadPiece(
-                epoch=order.epoch,
-                stream=stream,
-                shard=shard,
-                start=position - begin,
-                stop=end - begin,
-                phase=(position - base) % period,
-                period=period,
-                slots=(low, high),
-                first_step=(position - base) // period,
-            )
-            if _owned(piece).any():
-                pieces.append(piece)
-            position = end
-    return sorted(pieces, key=lambda piece: (piece.first_step, piece.stream))
+) -> list[int]:
+    """The shards that `plan` of the same arguments reads, in the order of their first use."""
+    segment, _ = _places(order, world_size, rank, batch, step, end)
+    numbers, first = np.unique(segment, return_index=True)
+    return list(dict.fromkeys(order.segments[number].shard for number in numbers[np.argsort(first)].tolist()))
 
 
-def _owned(piece: ReadPiece) -> np.ndarray:
-    slot = (np.arange(piece.stop - piece.start) + piece.phase) % piece.period
-    return (slot >= piece.slots[0]) & (slot < piece.slots[1])
+def _places(
+    order: EpochOrder, world_size: int, rank: int, batch: int, step: int, end: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment and place in the epoch of each sample of a plan."""
+    check_batch(batch, order.num_streams, world_size)
+    num_steps, period = order.num_steps(batch), batch // order.num_streams
+    steps = np.arange(step, num_steps if end is None else min(end, num_steps), dtype=np.int64)
+    slots = np.arange(*rank_slots(batch, world_size, rank), dtype=np.int64)
+    # Slot s of a global batch is slot s % period of stream s // period, whose run begins at stream * its length.
+    starts = slots // period * (num_steps * period) + slots % period
+    position = (steps[:, None] * period + starts[None]).reshape(-1)
+    return np.searchsorted(order.ends, position, side="right"), position
 
 
-def piece_rows(piece: ReadPiece, shard_size: int, seed: int) -> np.ndarray:
-    """Rows of the shard that a piece takes, in the order of training: int64 [n]."""
-    shuffled = np.random.default_rng((seed, piece.epoch, piece.shard)).permutation(shard_size)
-    rows: np.ndarray = shuffled[piece.start : piece.stop][_owned(piece)]
+# A rank looks at the same few shards again and again.
+@functools.lru_cache(maxsize=1024)
+def row_order(seed: int, lap: int, shard: int, shard_size: int) -> np.ndarray:
+    """The rows of a shard in the order of one lap: int64 [shard_size], read only."""
+    rows = np.random.default_rng((seed, lap, shard)).permutation(shard_size)
+    rows.setflags(write=False)
     return rows
 
 
-def run_plan(
-    manifest: Manifest, *, seed: int, num_streams: int, world_size: int, rank: int, batch: int, steps: range
-) -> Iterator[ReadPiece]:
-    """What a rank reads for the steps of a whole run, epoch after epoch.
-
-    Args:
-        manifest: The data.
-        seed: Of the run.
-        num_streams: See `epoch_order`.
-        world_size: Ranks.
-        rank: This one.
-        batch: Global batch.
-        steps: Global steps of the run: from where it starts or resumes to its end.
-    """
-    per_epoch = steps_per_epoch(manifest, batch)
-    step = steps.start
-    while step < steps.stop:
-        epoch = step // per_epoch
-        order = epoch_order(manifest, seed, epoch, num_streams)
-        last = steps.stop - epoch * per_epoch
-        yield from plan(order, world_size, rank, batch, step % per_epoch, last)
-        step = (epoch + 1) * per_epoch
-
-
-def steps_per_epoch(manifest: Manifest, batch: int) -> int:
+def steps_per_epoch(data: DataSet, batch: int) -> int:
     """Global batches of an epoch.
 
     Raises:
         ValueError: The data is smaller than one batch.
     """
-    num_steps = manifest.num_samples // batch
-    if num_steps == 0:
-        raise ValueError(f"batch_size={batch} is more than the {manifest.num_samples} samples of {manifest.uri}")
-    return num_steps
+    sizes = [shard.num_samples for shard in data.shards]
+    total, first = 0, 0
+    for num_shards, weight in data.members:
+        total += lap_samples(sizes[first : first + num_shards], weight)
+        first += num_shards
+    if total // batch == 0:
+        raise ValueError(f"batch_size={batch} is more than the {total} samples of an epoch")
+    return total // batch

@@ -1,18 +1,17 @@
 """From shards to training batches: the planned order through Ray Data.
 
-Each rank runs a Ray Data execution of its own read plan (`pipeline.data.order`): tasks read and verify whole shards,
-actors decode and augment, and the rank deals the rows of its streams into batches. Nothing depends on timing.
+Each rank runs a Ray Data execution of its own read plan (`pipeline.data.order`): one actor reads and verifies whole
+shards and deals their rows in batch order, a pool of actors decodes and augments, and the rank cuts the rows into
+batches. Nothing depends on timing.
 """
 
-# Shape legend: B = batch on this rank, n = rows of a block, H, W = 112
+# Shape legend: B = batch on this rank, n = samples of a plan, H, W = 112
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,62 +21,125 @@ import ray.train
 from ray.data import ActorPoolStrategy, Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
-from lgaf.config import require_choice, require_positive
+from lgaf.config import require_choice, require_in_range, require_positive
 from pipeline.data.augment import AUGMENTATIONS
-from pipeline.data.images import decode_rgb
+from pipeline.data.cache import ShardCache
+from pipeline.data.decoding import Decoder
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import ReadPiece, piece_rows, run_plan, stream_slots
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import EpochOrder, Plan, epoch_order, plan, planned_shards, steps_per_epoch
 from pipeline.data.pacing import pace
-from pipeline.data.shards import ShardError, read_shard
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.reading import PlanReader
+from pipeline.data.shard_source import ShardSource
+from pipeline.data.shards import ShardError
 
-TRAIN = "train"
+TRAIN: Final = "train"
+# One task of the reading actor deals this many chunks: few tasks, and little to do again when the actor dies.
+CHUNKS_PER_TASK: Final = 64
+# Of a rank's CPUs: reading takes little, mostly waiting.
+READER_CPUS: Final = 0.05
+MAX_OBJECT_STORE_BYTES: Final = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
-    """How samples flow.
-
-    Attributes:
-        num_streams: Shards that a global batch mixes; divides the batch size. More mix better and hold more shards in
-            memory (about ``num_streams`` decoded shards over all ranks).
-        augmentation: A name of `AUGMENTATIONS`.
-        block_rows: Images that an actor decodes in one call.
-    """
+    """How samples flow."""
 
     num_streams: int = 16
+    """Shards that a global batch mixes; divides the batch size. More mix better and hold more shards in memory: about
+    this many encoded ones over all ranks."""
     augmentation: str = "adaface"
+    """Recipe: see docs/augmentation.md."""
     block_rows: int = 256
+    """Images that an actor decodes in one call."""
+    max_bad_images: int = 100
+    """Images of a run that may turn out undecodable before it ends; they are listed in quarantine.jsonl."""
+    wrong_size: Literal["refuse", "resize"] = "refuse"
+    """What happens to images of another size than the manifest's: bad images, or made to fit."""
+    cache_dir: str = ""
+    """Local folder that keeps shards of an object store, on every node; empty: none."""
+    cache_gib: float = 100.0
+    """Most that the cache may take; the shards that were used least recently go first."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         require_positive("stream.num_streams", self.num_streams)
         require_positive("stream.block_rows", self.block_rows)
+        require_in_range("stream.max_bad_images", self.max_bad_images, 0, 1 << 40)
         require_choice("stream.augmentation", self.augmentation, AUGMENTATIONS)
+        require_choice("stream.wrong_size", self.wrong_size, ("refuse", "resize"))
+        require_positive("stream.cache_gib", self.cache_gib)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamPlan:
     """All that decides which samples a run trains on, in which order."""
 
-    manifest: Manifest
+    data: Manifest | Mixture
     config: StreamConfig
     seed: int
     batch: int
     total_steps: int
+    _orders: dict[int, EpochOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def pieces(self, world_size: int, rank: int, start_step: int) -> list[ReadPiece]:
-        """What a rank reads from ``start_step`` to the end of the run, in the order of its need."""
-        return list(
-            run_plan(
-                self.manifest,
-                seed=self.seed,
-                num_streams=self.config.num_streams,
-                world_size=world_size,
-                rank=rank,
-                batch=self.batch,
-                steps=range(start_step, self.total_steps),
-            )
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_orders": {}}  # made again where they are needed
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of one epoch; the last few are kept."""
+        if epoch not in self._orders:
+            while len(self._orders) > 1:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = epoch_order(self.data, self.seed, epoch, self.config.num_streams)
+        return self._orders[epoch]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch."""
+        return steps_per_epoch(self.data, self.batch)
+
+    def samples(self, world_size: int, rank: int, steps: range) -> Plan:
+        """The samples of one rank for these steps of the run, batch after batch."""
+        plans = [plan(order, world_size, rank, self.batch, start, end) for order, start, end in self._epochs(steps)]
+        return Plan(*(np.concatenate(columns) for columns in zip(*plans, strict=True)))
+
+    def planned_shards(self, world_size: int, rank: int, steps: range) -> list[int]:
+        """The shards that these steps of one rank need, in order of need."""
+        found = [
+            planned_shards(order, world_size, rank, self.batch, start, end) for order, start, end in self._epochs(steps)
+        ]
+        return list(dict.fromkeys(shard for shards in found for shard in shards))
+
+    def _epochs(self, steps: range) -> Iterator[tuple[EpochOrder, int, int]]:
+        """The epochs that the steps lie in, with their first step and the one behind the last in each."""
+        per_epoch, step = self.steps_per_epoch, steps.start
+        while step < steps.stop:
+            epoch = step // per_epoch
+            end = min(steps.stop, (epoch + 1) * per_epoch)
+            yield self.order(epoch), step - epoch * per_epoch, end - epoch * per_epoch
+            step = end
+
+    def chunk(self, number: int, world_size: int, start_step: int) -> range:
+        """The steps of one chunk: as many whole batches of a rank as make a block, at least one."""
+        length = max(1, self.config.block_rows * world_size // self.batch)
+        start = min(start_step + number * length, self.total_steps)
+        return range(start, min(start + length, self.total_steps))
+
+    def chunk_rows(self, world_size: int) -> int:
+        """Samples of a decoding call: a chunk's, where a batch of a rank is not larger than a block."""
+        rows = -(-self.batch // world_size) * max(1, self.config.block_rows * world_size // self.batch)
+        return min(rows, self.config.block_rows)
+
+    def num_chunks(self, world_size: int, start_step: int) -> int:
+        """Chunks from a step to the end of the run."""
+        return -(-(self.total_steps - start_step) // len(self.chunk(0, world_size, 0)))
+
+    def shard_source(self) -> ShardSource:
+        """What reads the shards, in a data worker."""
+        config = self.config
+        cache = ShardCache(config.cache_dir, int(config.cache_gib * (1 << 30))) if config.cache_dir else None
+        return ShardSource(self.data, cache)
 
 
 class TrainBatch(NamedTuple):
@@ -86,6 +148,26 @@ class TrainBatch(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     indices: np.ndarray
+
+
+class Share(NamedTuple):
+    """What one rank's execution may take of the cluster: CPUs, and bytes of the object store."""
+
+    cpus: float
+    object_store_bytes: int
+
+    @classmethod
+    def of_cluster(cls, world_size: int, reserved_cpus: float) -> Share:
+        """An equal share for each rank of what the training workers leave.
+
+        Each rank executes on its own, so each must be told its share or the first would take all. Of the object store,
+        all ranks together take half; what lies ready beyond `MAX_OBJECT_STORE_BYTES` a rank would only be older.
+        """
+        found = ray.cluster_resources()
+        return cls(
+            max(0.1, (found.get("CPU", 1.0) - reserved_cpus) / world_size),
+            int(min(MAX_OBJECT_STORE_BYTES, found.get("object_store_memory", 1 << 30) / 2 / world_size)),
+        )
 
 
 class PlannedDataConfig(ray.train.DataConfig):
@@ -97,11 +179,19 @@ class PlannedDataConfig(ray.train.DataConfig):
         plan: The run's samples.
         start_step: Asked on every (re)start of the worker group for the step to go on from.
         reserved_cpus: CPUs of the cluster that the training workers keep for themselves.
+        quarantine: Where bad images go.
     """
 
-    def __init__(self, plan: StreamPlan, start_step: Callable[[], int], reserved_cpus: float = 0.0) -> None:
+    def __init__(
+        self,
+        plan: StreamPlan,
+        start_step: Callable[[], int],
+        reserved_cpus: float = 0.0,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         super().__init__(datasets_to_split="all")
         self._plan, self._start_step, self._reserved_cpus = plan, start_step, reserved_cpus
+        self._quarantine = quarantine
 
     def configure(
         self,
@@ -112,161 +202,129 @@ class PlannedDataConfig(ray.train.DataConfig):
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """One Ray Data iterator per rank; called by Ray Train."""
-        start = self._start_step()
-        # Each rank executes on its own, so each must be told its share or the first would take all.
-        share = max(0.1, (ray.cluster_resources().get("CPU", 1) - self._reserved_cpus) / world_size)
+        start, share = self._start_step(), Share.of_cluster(world_size, self._reserved_cpus)
         return [
-            {name: rank_dataset(self._plan, world_size, rank, start, share).iterator() for name in datasets}
+            {
+                name: rank_dataset(self._plan, world_size, rank, start, share, self._quarantine).iterator()
+                for name in datasets
+            }
             for rank in range(world_size)
         ]
 
 
-def rank_dataset(plan: StreamPlan, world_size: int, rank: int, start_step: int, cpus: float) -> Any:
-    """The Ray dataset of one rank: one row a sample, in the order of its read plan.
+def rank_dataset(
+    plan: StreamPlan,
+    world_size: int,
+    rank: int,
+    start_step: int,
+    share: Share,
+    quarantine: Quarantine | None = None,
+) -> Any:
+    """The Ray dataset of one rank: rows ``image, label, index`` in the order of its batches.
 
     Args:
         plan: The run's samples.
         world_size: Ranks.
         rank: This one.
         start_step: Step of the run to start from.
-        cpus: CPUs that this execution may use.
+        share: What this execution may take.
+        quarantine: Where bad images go; without one, the first is an error.
     """
-    pieces = plan.pieces(world_size, rank, start_step)
-    # On a small machine reader and actor get half each; on a large one a CPU each and as many actors as fit.
-    unit = min(1.0, cpus / 2)
-    num_actors = max(1, int(cpus / unit) - 1)
-    source = _PlanSource([_PieceReader(plan, piece) for piece in pieces])
-    dataset = ray.data.read_datasource(source, num_cpus=unit, override_num_blocks=max(1, len(pieces))).map_batches(
-        _DecodeAugment,
-        fn_constructor_args=(plan.config.augmentation, plan.seed),
-        batch_size=plan.config.block_rows,
-        batch_format="pyarrow",
-        num_cpus=unit,
-        compute=ActorPoolStrategy(min_size=1, max_size=num_actors),
+    lean = replace(plan, data=plan.data.without_identities())
+    reader_cpus = min(READER_CPUS, share.cpus / 10)
+    # Whole CPUs as far as there are; on a small machine what is left of a rank's share.
+    num_decoders = max(1, round(share.cpus))
+    decoder_cpus = min(1.0, (share.cpus - 2 * reader_cpus) / num_decoders)
+    source = _Chunks(plan.num_chunks(world_size, start_step))
+    dataset = (
+        ray.data.read_datasource(source, num_cpus=reader_cpus, override_num_blocks=source.num_tasks, concurrency=1)
+        .map_batches(
+            PlanReader,
+            fn_constructor_args=(lean, world_size, rank, start_step),
+            batch_size=1,
+            num_cpus=reader_cpus,
+            compute=ActorPoolStrategy(size=1),
+        )
+        .map_batches(
+            Decoder,
+            fn_constructor_args=(lean, quarantine),
+            batch_size=plan.chunk_rows(world_size),
+            batch_format="pyarrow",
+            num_cpus=decoder_cpus,
+            compute=ActorPoolStrategy(size=num_decoders),
+        )
     )
     dataset.context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(cpu=cpus)
+        preserve_order=True,
+        resource_limits=ExecutionResources(cpu=share.cpus, object_store_memory=share.object_store_bytes),
     )
-    # Decoded blocks of about 10 MB: the first batch does not wait for a whole shard.
-    dataset.context.target_max_block_size = plan.config.block_rows * plan.manifest.image_side**2 * 3
+    # One call's pixels a block: the first batch does not wait for more.
+    dataset.context.target_max_block_size = plan.config.block_rows * plan.data.image_side**2 * 3
     pace(dataset)
     return dataset
 
 
-class _PieceReader:
-    """Reads, verifies and orders the rows of one piece; carries only what it needs of the manifest."""
+class _Chunks(Datasource):
+    """The numbers of a plan's chunks as a Ray data source."""
 
-    def __init__(self, plan: StreamPlan, piece: ReadPiece) -> None:
-        manifest = plan.manifest
-        self.info, self._uri = manifest.shards[piece.shard], manifest.shard_uri(piece.shard)
-        self._offset, self._num_classes = int(manifest.offsets[piece.shard]), manifest.num_classes
-        self._piece, self._seed = piece, plan.seed
-
-    def __call__(self) -> list[pa.Table]:
-        shard = read_shard(self._uri, self.info, self._num_classes)
-        rows = piece_rows(self._piece, len(shard.images), self._seed)
-        table = pa.table(
-            {
-                "image": pa.array([shard.images[row] for row in rows], pa.large_binary()),
-                "key": pa.array([f"{self._uri}: {shard.keys[row]}" for row in rows]),
-                "label": shard.labels[rows],
-                "index": rows + self._offset,
-                "epoch": np.full(len(rows), self._piece.epoch),
-                "stream": np.full(len(rows), self._piece.stream),
-            }
-        )
-        return [table]
-
-
-class _PlanSource(Datasource):
-    """A read plan as a Ray data source: one task a piece, in order."""
-
-    def __init__(self, readers: list[_PieceReader]) -> None:
+    def __init__(self, num_chunks: int) -> None:
         super().__init__()
-        self._readers = readers
+        self._num_chunks = num_chunks
+        self.num_tasks = max(1, -(-num_chunks // CHUNKS_PER_TASK))
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(reader.info.num_bytes for reader in self._readers)
+        return 8 * self._num_chunks
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        return [ReadTask(reader, BlockMetadata(None, reader.info.num_bytes, None, None)) for reader in self._readers]
-
-
-class _DecodeAugment:
-    """Turns encoded images into augmented pixels; lives in a CPU actor."""
-
-    def __init__(self, augmentation: str, seed: int) -> None:
-        self._augment, self._seed = AUGMENTATIONS[augmentation], seed
-
-    def __call__(self, batch: pa.Table) -> dict[str, np.ndarray]:
-        images = np.stack([self._decode(row, batch) for row in range(len(batch))])
-        index = batch["index"].to_numpy()
-        return {
-            "image": self._augment(images, index, self._seed, batch["epoch"].to_numpy()),
-            "label": batch["label"].to_numpy(),
-            "index": index,
-            "stream": batch["stream"].to_numpy(),
-        }
-
-    def _decode(self, row: int, batch: pa.Table) -> np.ndarray:
-        try:
-            return decode_rgb(batch["image"][row].as_py())
-        except ValueError as error:
-            raise ShardError(f"{batch['key'][row].as_py()}: {error}") from error
+        numbers = [
+            np.arange(start, min(start + CHUNKS_PER_TASK, self._num_chunks))
+            for start in range(0, self._num_chunks, CHUNKS_PER_TASK)
+        ]
+        return [
+            ReadTask(
+                lambda chunk=chunk: [pa.table({"chunk": chunk})], BlockMetadata(len(chunk), chunk.nbytes, None, None)
+            )
+            for chunk in numbers or [np.arange(0)]
+        ]
 
 
 class BatchAssembler:
-    """Deals rows that arrive in the order of a read plan into one rank's batches.
+    """Cuts the rows of a rank's plan, which arrive in order, into its batches.
 
     Args:
-        blocks: Columns ``image, label, index, stream``, as `rank_dataset` yields them.
-        batch: Global batch.
-        num_streams: Of the plan.
-        world_size: Ranks.
-        rank: This one.
+        blocks: Columns ``image, label, index``, as `rank_dataset` yields them.
+        size: Samples of a batch on this rank.
     """
 
-    def __init__(
-        self, blocks: Iterator[dict[str, np.ndarray]], *, batch: int, num_streams: int, world_size: int, rank: int
-    ) -> None:
-        self._blocks = blocks
-        self._slots = stream_slots(batch, num_streams, world_size, rank)
-        self._waiting: dict[int, deque[TrainBatch]] = {stream: deque() for stream, _, _ in self._slots}
+    def __init__(self, blocks: Iterator[dict[str, np.ndarray]], size: int) -> None:
+        self._blocks, self._size = blocks, size
+        self._rest: TrainBatch | None = None
 
     def __iter__(self) -> BatchAssembler:
         return self
 
     def __next__(self) -> TrainBatch:
-        """The next batch.
+        """The next batch; a view of a block where it lies within one.
 
         Raises:
             StopIteration: The plan is done.
             ShardError: The rows end in the middle of a batch.
         """
         parts: list[TrainBatch] = []
-        for stream, low, high in self._slots:
-            wanted = high - low
-            while wanted:
-                while not self._waiting[stream]:
-                    block = next(self._blocks, None)
-                    if block is None:
-                        if parts or any(self._waiting.values()):
-                            raise ShardError(f"the samples of stream {stream} end in the middle of a batch")
-                        raise StopIteration
-                    self._receive(block)
-                head = self._waiting[stream].popleft()
-                taken = min(wanted, len(head.labels))
-                parts.append(TrainBatch(*(column[:taken] for column in head)))
-                if taken < len(head.labels):
-                    self._waiting[stream].appendleft(TrainBatch(*(column[taken:] for column in head)))
-                wanted -= taken
+        wanted = self._size
+        while wanted:
+            if self._rest is None or not len(self._rest.labels):
+                block = next(self._blocks, None)
+                if block is None:
+                    if parts:
+                        raise ShardError(
+                            f"the samples end in the middle of a batch: {wanted} of {self._size} are missing"
+                        )
+                    raise StopIteration
+                self._rest = TrainBatch(block["image"], block["label"], block["index"])
+            parts.append(TrainBatch(*(column[:wanted] for column in self._rest)))
+            self._rest = TrainBatch(*(column[wanted:] for column in self._rest))
+            wanted -= len(parts[-1].labels)
+        if len(parts) == 1:
+            return parts[0]
         return TrainBatch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-    def _receive(self, block: dict[str, np.ndarray]) -> None:
-        streams = block["stream"]
-        # A block may hold the end of one piece and the start of the next, hence runs of equal streams.
-        edges = [0, *(np.flatnonzero(np.diff(streams)) + 1).tolist(), len(streams)]
-        for start, stop in itertools.pairwise(edges):
-            if stop > start:
-                rows = TrainBatch(*(block[name][start:stop] for name in ("image", "label", "index")))
-                self._waiting[int(streams[start])].append(rows)

@@ -20,7 +20,7 @@ from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
-from pipeline.data.order import rank_slots, steps_per_epoch
+from pipeline.data.order import rank_slots
 from pipeline.data.stream import TRAIN, BatchAssembler, StreamPlan, TrainBatch
 from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
@@ -98,16 +98,13 @@ def _train(spec: LoopSpec) -> None:
 
 def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> None:
     config, plan = spec.config, spec.plan
+    sizes = [high - low for low, high in _slots(step, plan)]
     batches = BatchAssembler(
         iter(
             ray.train.get_dataset_shard(TRAIN).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
         ),
-        batch=plan.batch,
-        num_streams=plan.config.num_streams,
-        world_size=world_size(step.group),
-        rank=rank_in(step.group),
+        sizes[rank_in(step.group)],
     )
-    sizes = [high - low for low, high in _slots(step, plan)]
     pending: list[_Pending] = []
     last_time = time.perf_counter()
     for number in range(step.num_steps_done, plan.total_steps):
@@ -127,7 +124,7 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
         if saves or done % config.workers.log_every_steps == 0:
             _flush(pending, step, plan, log, durable=saves)
         if saves:
-            details = {"world_size": world_size(step.group), "data_fingerprint": plan.manifest.fingerprint}
+            details = {"world_size": world_size(step.group), "data_fingerprint": plan.data.fingerprint}
             save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
             last_time = time.perf_counter()  # a save is not part of any step's time
 
@@ -141,7 +138,7 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     torch.manual_seed(config.seed)
     model = config.model.build().to(device)
     head = ShardedMarginHead(
-        spec.plan.manifest.num_classes,
+        spec.plan.data.num_classes,
         config.model.output_dim,
         config.head.create(),
         group=group,
@@ -165,7 +162,8 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
 
 
 def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+    # Copies: what Ray hands out is shared memory that nobody may write to.
+    return torch.tensor(batch.images), torch.tensor(batch.labels)
 
 
 def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _RankZeroLog | None, durable: bool) -> None:
@@ -209,7 +207,7 @@ class _RankZeroLog:
 
     def __init__(self, spec: LoopSpec, first_step: int) -> None:
         self._plan, self._progress = spec.plan, spec.progress
-        self._per_epoch = steps_per_epoch(spec.plan.manifest, spec.plan.batch)
+        self._per_epoch = spec.plan.steps_per_epoch
         self._file = MetricsLog(spec.run_uri, first_step)
         self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
         # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.

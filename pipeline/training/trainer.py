@@ -17,7 +17,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.manifest import Manifest, ManifestError
+from pipeline.data.mixture import Mixture
 from pipeline.data.order import steps_per_epoch
+from pipeline.data.quarantine import NAME as QUARANTINE
+from pipeline.data.quarantine import Quarantine
 from pipeline.data.stream import TRAIN, PlannedDataConfig, StreamPlan
 from pipeline.model_store import read_model_info
 from pipeline.runtime import is_on_cluster
@@ -64,22 +67,22 @@ class _ProgressBoard:
         return self._latest
 
 
-def stream_plan(config: TrainConfig, manifest: Manifest) -> StreamPlan:
+def stream_plan(config: TrainConfig, data: Manifest | Mixture) -> StreamPlan:
     """Which samples a run trains on; ``ValueError`` if there are too few of them, or of people."""
-    if manifest.num_classes < config.num_workers:
-        raise ValueError(f"num_workers={config.num_workers} is more than the {manifest.num_classes} people of the data")
+    if data.num_classes < config.num_workers:
+        raise ValueError(f"num_workers={config.num_workers} is more than the {data.num_classes} people of the data")
     return StreamPlan(
-        manifest=manifest,
+        data=data,
         config=config.stream,
         seed=config.seed,
         batch=config.batch_size,
-        total_steps=config.epochs * steps_per_epoch(manifest, config.batch_size),
+        total_steps=config.epochs * steps_per_epoch(data, config.batch_size),
     )
 
 
 def train(
     config: TrainConfig,
-    manifest: Manifest,
+    data: Manifest | Mixture,
     run_uri: str,
     *,
     tracking_uri: str,
@@ -90,7 +93,7 @@ def train(
 
     Args:
         config: Of the run.
-        manifest: The packed data.
+        data: The packed data.
         run_uri: Folder of the run: checkpoints, ``metrics.jsonl``, the exported model.
         tracking_uri: MLflow store.
         mlflow_run_id: Run to log to.
@@ -100,8 +103,8 @@ def train(
         FatalTrainingError: The data are bad; the message names the shard.
         TrainingFailedError: Workers died more often than ``workers.max_failures``.
     """
-    plan = stream_plan(config, manifest)
-    _check_same_data(manifest, run_uri)
+    plan = stream_plan(config, data)
+    _check_same_data(data, run_uri)
     _check_gpus(config)
     clear_fatal(run_uri)
     board: Any = _ProgressBoard.remote()  # type: ignore[attr-defined]
@@ -125,18 +128,18 @@ def train(
     finally:
         finished.set()
         watcher.join()
-    return _result(config, manifest, run_uri, plan.total_steps)
+    return _result(config, plan, run_uri)
 
 
-def _check_same_data(manifest: Manifest, run_uri: str) -> None:
+def _check_same_data(data: Manifest | Mixture, run_uri: str) -> None:
     done = latest_step(run_uri)
     if not done:
         return
     before = storage.read_json(storage.join(checkpoint_uri(run_uri, done), MARKER))["data_fingerprint"]
-    if before != manifest.fingerprint:
+    if before != data.fingerprint:
         raise ManifestError(
-            f"{manifest.uri}: the run was trained on data with fingerprint {before[:12]}, "
-            f"this has {manifest.fingerprint[:12]}: take another run_name"
+            f"{data.uri}: the run was trained on data with fingerprint {before[:12]}, "
+            f"this has {data.fingerprint[:12]}: take another run_name"
         )
 
 
@@ -153,6 +156,7 @@ def _check_gpus(config: TrainConfig) -> None:
 def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
     filesystem, path = storage.resolve(storage.join(spec.run_uri, "ray"))
     reserved = config.num_workers * config.workers.cpus_per_worker
+    quarantine = Quarantine(storage.join(spec.run_uri, QUARANTINE), config.stream.max_bad_images)
     return TorchTrainer(
         train_worker,
         train_loop_config={"spec": spec},
@@ -171,7 +175,7 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
         ),
         # Asked again on every restart of the group: there a noted fatal error ends the run.
         datasets={TRAIN: functools.partial(_shard_listing, spec.run_uri)},
-        dataset_config=PlannedDataConfig(spec.plan, functools.partial(latest_step, spec.run_uri), reserved),
+        dataset_config=PlannedDataConfig(spec.plan, functools.partial(latest_step, spec.run_uri), reserved, quarantine),
     )
 
 
@@ -196,14 +200,14 @@ def _watch(board: Any, total: int, on_progress: OnProgress | None, finished: thr
             return
 
 
-def _result(config: TrainConfig, manifest: Manifest, run_uri: str, total_steps: int) -> TrainedModel:
+def _result(config: TrainConfig, plan: StreamPlan, run_uri: str) -> TrainedModel:
     lines = read_metrics(run_uri)
-    last_epoch = lines[-steps_per_epoch(manifest, config.batch_size) :]
+    last_epoch = lines[-plan.steps_per_epoch :]
     model_uri = storage.join(run_uri, MODEL_FOLDER)
     return TrainedModel(
         model_uri=model_uri,
         fingerprint=read_model_info(model_uri)["sha256"],
-        num_steps=total_steps,
+        num_steps=plan.total_steps,
         final_loss=float(np.mean([line["loss"] for line in last_epoch])),
         images_per_second=float(np.median([line["images_per_second"] for line in lines])),
     )

@@ -21,7 +21,7 @@ from lgaf.models import LGAFConfig
 from pipeline import cli, storage
 from pipeline.config import PackConfig, TrackingConfig, TrainConfig, WorkersConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import epoch_order, piece_rows, plan, steps_per_epoch
+from pipeline.data.order import epoch_order, plan
 from pipeline.data.sources import SyntheticConfig
 from pipeline.data.stream import StreamConfig
 from pipeline.model_store import load_model
@@ -60,14 +60,9 @@ def _planned_digests(data_uri: str, config: TrainConfig) -> list[str]:
     digests = []
     for epoch in range(config.epochs):
         order = epoch_order(manifest, config.seed, epoch, config.stream.num_streams)
-        streams = {stream: [] for stream in range(config.stream.num_streams)}
-        for piece in plan(order, 1, 0, config.batch_size):
-            rows = piece_rows(piece, manifest.shards[piece.shard].num_samples, config.seed)
-            streams[piece.stream] += (rows + manifest.offsets[piece.shard]).tolist()
-        share = config.batch_size // config.stream.num_streams
-        for step in range(steps_per_epoch(manifest, config.batch_size)):
-            batch = [index for rows in streams.values() for index in rows[step * share : (step + 1) * share]]
-            digests.append(hashlib.sha256(np.array(batch, "<i8").tobytes()).hexdigest())
+        samples = plan(order, 1, 0, config.batch_size)
+        batches = (manifest.offsets[samples.shard] + samples.row).reshape(-1, config.batch_size)
+        digests += [hashlib.sha256(batch.astype("<i8").tobytes()).hexdigest() for batch in batches]
     return digests
 
 

@@ -1,152 +1,40 @@
-"""Where training faces come from before they are packed: one small protocol, one entry per kind of source."""
+"""Where training faces come from before they are packed: one protocol (`base.Source`), one file per kind of source.
+
+A new kind is a file beside these and a line in `SOURCES`.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import numpy as np
-
-from lgaf.config import require_choice, require_positive
+from lgaf.config import require_choice
 from pipeline import storage
 from pipeline.data import manifest
-from pipeline.data.recordio import RecordIOError, RecordIOReader, image_keys
-from pipeline.data.synthetic import RENDERER_VERSION, SyntheticFaces
+from pipeline.data.sources.archives import ArchiveSource
+from pipeline.data.sources.base import Place, Source, SourceError, SourceSpec, SyntheticConfig
+from pipeline.data.sources.folder import FolderSource
+from pipeline.data.sources.list_file import ListSource
+from pipeline.data.sources.recordio import RecordIOSource
+from pipeline.data.sources.rendered import SyntheticSource
+from pipeline.data.sources.tables import TableSource
+from pipeline.data.sources.webdataset import WebDatasetSource
+
+__all__ = ["FORMATS", "PACKED", "SOURCES", "SYNTHETIC", "Source", "SourceError", "SourceSpec", "SyntheticConfig"]
 
 SYNTHETIC: Final = "synthetic"
-RECORDIO_FILE: Final = "train.rec"
-FORMATS: Final = (SYNTHETIC, "recordio")  # those of SOURCES below
+PACKED: Final = "packed"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyntheticConfig:
-    """Size of the synthetic training set that the embedded default uses."""
-
-    num_identities: int = 100
-    images_per_identity: int = 30
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        require_positive("synthetic.num_identities", self.num_identities)
-        require_positive("synthetic.images_per_identity", self.images_per_identity)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceSpec:
-    """What to open: travels to the tasks, each of which opens it for itself.
-
-    Attributes:
-        format: One of `FORMATS`.
-        uri: Place of the source; ``synthetic`` has none.
-        seed: Of a synthetic source.
-        synthetic: Size of a synthetic source.
-    """
-
-    format: str
-    uri: str = ""
-    seed: int = 0
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        require_choice("format", self.format, FORMATS)
-
-
-class Source(Protocol):
-    """Samples by index, with contiguous labels."""
-
-    labels: np.ndarray  # int64 [n], 0 .. len(identities) - 1
-    identities: tuple[str, ...]  # the source's own name of each class
-
-    def encoded(self, index: int) -> bytes:
-        """The encoded image of one sample."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What the source calls this sample, for error messages."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of the source: equal for equal contents, wherever they lie."""
-        ...
-
-
-class SyntheticSource:
-    """Rendered faces (`pipeline.data.synthetic`)."""
-
-    def __init__(self, spec: SourceSpec) -> None:
-        size = spec.synthetic
-        self._faces = SyntheticFaces(
-            num_identities=size.num_identities, images_per_identity=size.images_per_identity, seed=spec.seed
-        )
-        self.labels = np.array([self._faces.label(i) for i in range(len(self._faces))], np.int64)
-        self.identities = tuple(f"synthetic-{spec.seed}-{identity}" for identity in range(size.num_identities))
-        self._spec = spec
-
-    def encoded(self, index: int) -> bytes:
-        """Render and encode one face."""
-        return self._faces.encoded(index)
-
-    def name(self, index: int) -> str:
-        """The sample's number."""
-        return f"synthetic face {index}"
-
-    def describe(self) -> dict[str, Any]:
-        """Size and seed say it all."""
-        size = self._spec.synthetic
-        return {
-            "format": SYNTHETIC,
-            "renderer": RENDERER_VERSION,
-            "seed": self._spec.seed,
-            "num_identities": size.num_identities,
-            "images_per_identity": size.images_per_identity,
-        }
-
-
-class RecordIOSource:
-    """An InsightFace pack: ``train.rec`` and ``train.idx`` in one folder. An image's label is its first one."""
-
-    def __init__(self, spec: SourceSpec) -> None:
-        self._reader = RecordIOReader(storage.join(spec.uri, RECORDIO_FILE))
-        self._keys = image_keys(self._reader)
-        if not self._keys:
-            raise RecordIOError(f"{self._reader.uri}: it holds no images")
-        raw = np.array([self._label(key) for key in self._keys])
-        names, self.labels = np.unique(raw, return_inverse=True)
-        self.identities = tuple(str(int(name)) for name in names)
-        self._bytes = storage.size(storage.join(spec.uri, RECORDIO_FILE))
-        # Two versions of a pack may differ in nothing but labels, which have a fixed size.
-        self._labels_sha256 = hashlib.sha256(raw.astype("<f8").tobytes()).hexdigest()
-
-    def _label(self, key: int) -> float:
-        label = self._reader[key].labels[0]
-        if not label.is_integer() or label < 0:
-            raise RecordIOError(f"{self._reader.uri}: record {key}: the label {label} is not a class number")
-        return label
-
-    def encoded(self, index: int) -> bytes:
-        """The image bytes of one record."""
-        return self._reader[self._keys[index]].payload
-
-    def name(self, index: int) -> str:
-        """File and record key."""
-        return f"{self._reader.uri}: record {self._keys[index]}"
-
-    def describe(self) -> dict[str, Any]:
-        """Counts, size and labels: enough to tell two packs apart without reading every image."""
-        return {
-            "format": "recordio",
-            "num_bytes": self._bytes,
-            "num_records": len(self._reader),
-            "labels_sha256": self._labels_sha256,
-        }
-
-
-SOURCES: Final[dict[str, type[SyntheticSource] | type[RecordIOSource]]] = {
+# In the order in which `detect_format` asks them.
+SOURCES: Final[dict[str, type[Any]]] = {
     SYNTHETIC: SyntheticSource,
     "recordio": RecordIOSource,
+    "webdataset": WebDatasetSource,
+    "archives": ArchiveSource,
+    "tables": TableSource,
+    "list": ListSource,
+    "folder": FolderSource,
 }
+FORMATS: Final = tuple(SOURCES)
 
 
 def open_source(spec: SourceSpec) -> Source:
@@ -154,8 +42,10 @@ def open_source(spec: SourceSpec) -> Source:
 
     Raises:
         StorageError: It is not there.
-        RecordIOError: It is damaged.
+        SourceError: It is damaged, or holds no images.
+        ValueError: ``spec.format`` is none of `FORMATS`.
     """
+    require_choice("format", spec.format, FORMATS)
     source: Source = SOURCES[spec.format](spec)
     return source
 
@@ -169,12 +59,23 @@ def detect_format(uri: str) -> str:
     if uri == SYNTHETIC:
         return SYNTHETIC
     if not storage.exists(uri):
-        raise storage.StorageError(f"{storage.normalise(uri)}: does not exist")
-    if storage.exists(storage.join(uri, manifest.NAME)):
-        return "packed"
-    if storage.exists(storage.join(uri, RECORDIO_FILE)):
-        return "recordio"
+        raise storage.MissingError(f"{storage.normalise(uri)}: does not exist")
+    place = _look_at(uri)
+    if manifest.NAME in place.files:
+        return PACKED
+    for name, source in SOURCES.items():
+        if source.recognises(place):
+            return name
     raise storage.StorageError(
-        f"{storage.normalise(uri)}: holds no data set: neither {manifest.NAME} (packed shards) nor {RECORDIO_FILE} "
-        f"(an InsightFace pack); shards without a manifest are incomplete and must be packed again"
+        f"{place.uri}: holds no data set that is known: neither {manifest.NAME} (packed shards) nor one of: train.rec "
+        "(an InsightFace pack), tars of <key>.jpg and <key>.cls (WebDataset), zips or tars of folders, Parquet or "
+        "Arrow files, a list file, folders of images by person. --format says which it is where the names do not"
     )
+
+
+def _look_at(uri: str) -> Place:
+    place = storage.normalise(uri)
+    files, folders = storage.list_folder(place)
+    if files is None:
+        return Place(uri=place, is_file=True, files=(), folders=())
+    return Place(uri=place, is_file=False, files=files, folders=folders)

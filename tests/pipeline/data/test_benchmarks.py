@@ -191,6 +191,10 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, keep):
         (([*IMAGES[:5], "text"], SAME), "image 5 is a str, not encoded bytes"),
         ((IMAGES, [True, 2, False]), r"is_same\[1\] is 2, not a boolean"),
         ((IMAGES, [True, None, False]), r"is_same\[1\] is None"),
+        ((IMAGES, [True, 1.0, False]), r"is_same\[1\] is 1\.0, not a boolean"),
+        ((set(IMAGES), SAME), "holds a set and a list of 3"),
+        ((np.zeros((6, 4)), SAME), "refuses to unpickle a numpy array of type 'f8', only uint8 and bool"),
+        ((IMAGES, np.array([1, 0, 1])), "refuses to unpickle a numpy array of type 'i8'"),
     ],
 )
 def test_a_wrong_structure_is_an_error_that_names_it(tmp_path, content, message):

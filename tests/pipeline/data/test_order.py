@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import order as orders
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import ReadPiece, epoch_order, piece_rows, plan, run_plan, stream_slots
+from pipeline.data.order import epoch_order, plan, planned_shards
 from tests.pipeline.data.writers import plain_manifest
 
 WORLD_SIZES = range(1, 17)
@@ -50,7 +50,7 @@ def expected_batches(case: Case, epoch: int) -> np.ndarray:
     sequence = np.concatenate(
         [
             manifest.offsets[shard] + np.random.default_rng((case.seed, epoch, shard)).permutation(case.sizes[shard])
-            for shard in epoch_order(manifest, case.seed, epoch, case.streams).shard_order
+            for shard in np.random.default_rng((case.seed, epoch, 0)).permutation(len(case.sizes))
         ]
     )
     period = case.batch // case.streams
@@ -58,76 +58,34 @@ def expected_batches(case: Case, epoch: int) -> np.ndarray:
     return runs.transpose(1, 0, 2).reshape(case.steps, case.batch)
 
 
-def rows_of(case: Case, pieces: list[ReadPiece]) -> dict[int, list[int]]:
-    """What the pieces read, as global sample indices, by stream."""
-    manifest, rows = case.manifest, {}
-    for piece in pieces:
-        read = piece_rows(piece, case.sizes[piece.shard], case.seed) + manifest.offsets[piece.shard]
-        rows.setdefault(piece.stream, []).extend(read.tolist())
-    return rows
+def planned(case: Case, epoch: int, world_size: int, rank: int, step: int = 0, end: int | None = None) -> np.ndarray:
+    """One rank's part of the global batches [steps, its slots], as global sample indices."""
+    order = epoch_order(case.manifest, case.seed, epoch, case.streams)
+    found = plan(order, world_size, rank, case.batch, step, end)
+    low, high = orders.rank_slots(case.batch, world_size, rank)
+    assert (found.lap == epoch).all()
+    assert (found.row < np.array(case.sizes)[found.shard]).all()
+    return (case.manifest.offsets[found.shard] + found.row).reshape(-1, high - low)
 
 
-def deal(case: Case, pieces: list[ReadPiece], world_size: int, rank: int, steps: int) -> np.ndarray:
-    """One rank's batches [steps, its slots]: from every stream what its slots hold, step by step."""
-    rows = rows_of(case, pieces)
-    batches, slots = [], stream_slots(case.batch, case.streams, world_size, rank)
-    for _ in range(steps):
-        batch = []
-        for stream, low, high in slots:
-            head, rows[stream] = rows[stream][: high - low], rows[stream][high - low :]
-            assert len(head) == high - low
-            batch += head
-        batches.append(batch)
-    return np.array(batches, np.int64).reshape(steps, sum(high - low for _, low, high in slots))
-
-
-def run_pieces(case: Case, world_size: int, rank: int, steps: range) -> list[ReadPiece]:
-    """What one rank reads for some steps of a run."""
-    return list(
-        run_plan(
-            case.manifest,
-            seed=case.seed,
-            num_streams=case.streams,
-            world_size=world_size,
-            rank=rank,
-            batch=case.batch,
-            steps=steps,
-        )
-    )
-
-
-def whole_run(case: Case, world_size: int, steps: range) -> np.ndarray:
-    """Global batches of a run as all its ranks together read them."""
-    parts = []
-    for rank in range(world_size):
-        pieces = run_pieces(case, world_size, rank, steps)
-        parts.append(deal(case, pieces, world_size, rank, len(steps)))
-    return np.concatenate(parts, axis=1)
+def everyone(case: Case, epoch: int, world_size: int, step: int = 0) -> np.ndarray:
+    """The global batches as all ranks together read them."""
+    return np.concatenate([planned(case, epoch, world_size, rank, step) for rank in range(world_size)], axis=1)
 
 
 @settings(max_examples=40)
 @given(case=cases(), epoch=st.integers(0, 50))
 def test_the_global_batches_are_those_of_the_description_for_every_world_size(case, epoch):
     expected = expected_batches(case, epoch)
-    order = epoch_order(case.manifest, case.seed, epoch, case.streams)
-    assert order.num_steps(case.batch) == case.steps
     for world_size in WORLD_SIZES:
-        parts = [
-            deal(case, plan(order, world_size, rank, case.batch), world_size, rank, case.steps)
-            for rank in range(world_size)
-        ]
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
-        widths = [part.shape[1] for part in parts]
+        np.testing.assert_array_equal(everyone(case, epoch, world_size), expected)
+        widths = [high - low for low, high in (orders.rank_slots(case.batch, world_size, r) for r in range(world_size))]
         assert max(widths) - min(widths) <= 1
 
 
 @given(case=cases(), epoch=st.integers(0, 3), world_size=st.sampled_from(WORLD_SIZES))
 def test_every_sample_comes_at_most_once_an_epoch_and_less_than_a_batch_is_left_out(case, epoch, world_size):
-    order = epoch_order(case.manifest, case.seed, epoch, case.streams)
-    read: list[int] = []
-    for rank in range(world_size):
-        for rows in rows_of(case, plan(order, world_size, rank, case.batch)).values():
-            read += rows
+    read = everyone(case, epoch, world_size).ravel().tolist()
     assert len(read) == len(set(read)) == case.steps * case.batch
     assert 0 <= min(read) <= max(read) < sum(case.sizes)
     assert sum(case.sizes) - len(read) < case.batch
@@ -137,61 +95,30 @@ def test_every_sample_comes_at_most_once_an_epoch_and_less_than_a_batch_is_left_
 @given(case=cases(), data=st.data(), world_size=st.sampled_from(WORLD_SIZES))
 def test_resuming_reads_exactly_the_tail_and_no_other_shard(case, data, world_size):
     step = data.draw(st.integers(0, case.steps))
+    end = data.draw(st.integers(step, case.steps))
     order = epoch_order(case.manifest, case.seed, 2, case.streams)
-    tail = expected_batches(case, 2)[step:]
-    column = 0
+    tail = expected_batches(case, 2)[step:end]
     for rank in range(world_size):
-        pieces = plan(order, world_size, rank, case.batch, step)
-        part = deal(case, pieces, world_size, rank, case.steps - step)
-        own = tail[:, column : column + part.shape[1]]
-        np.testing.assert_array_equal(part, own)
-        column += part.shape[1]
-        read = [row for rows in rows_of(case, pieces).values() for row in rows]
-        assert sorted(read) == sorted(own.ravel().tolist())  # not one row more than it trains on
-        needed = set((np.searchsorted(case.manifest.offsets, own.ravel(), side="right") - 1).tolist())
-        assert {piece.shard for piece in pieces} == needed
+        low, high = orders.rank_slots(case.batch, world_size, rank)
+        np.testing.assert_array_equal(planned(case, 2, world_size, rank, step, end), tail[:, low:high])
+        needed = (np.searchsorted(case.manifest.offsets, tail[:, low:high].ravel(), side="right") - 1).tolist()
+        assert planned_shards(order, world_size, rank, case.batch, step, end) == list(dict.fromkeys(needed))
 
 
 @given(case=cases(), world_size=st.sampled_from(WORLD_SIZES))
-def test_pieces_come_in_the_order_in_which_they_are_needed(case, world_size):
-    order = epoch_order(case.manifest, case.seed, 0, case.streams)
+def test_a_rank_opens_a_shard_once_in_each_stream_that_it_feeds(case, world_size):
     for rank in range(world_size):
-        pieces = plan(order, world_size, rank, case.batch)
-        assert [piece.first_step for piece in pieces] == sorted(piece.first_step for piece in pieces)
-        # A rank holds no more than what its streams need: a shard is opened once by each stream that it feeds.
-        opened = Counter((piece.stream, piece.shard) for piece in pieces)
-        assert set(opened.values()) <= {1}
-
-
-@settings(max_examples=60)
-@given(case=cases(), data=st.data(), world_size=st.integers(1, 5))
-def test_a_run_is_its_epochs_one_after_another_from_any_step_to_any_step(case, data, world_size):
-    total = data.draw(st.integers(1, 3 * case.steps))
-    start = data.draw(st.integers(0, total - 1))
-    epochs = np.concatenate([expected_batches(case, epoch) for epoch in range(-(-total // case.steps))])
-    np.testing.assert_array_equal(whole_run(case, world_size, range(start, total)), epochs[start:total])
-
-
-@settings(max_examples=60)
-@given(case=cases(), data=st.data(), world_size=st.integers(1, 5))
-def test_a_run_that_ends_within_an_epoch_reads_nothing_behind_its_end(case, data, world_size):
-    total = data.draw(st.integers(1, 2 * case.steps))
-    for rank in range(world_size):
-        pieces = run_pieces(case, world_size, rank, range(total))
-        low, high = orders.rank_slots(case.batch, world_size, rank)
-        per_epoch = Counter(
-            {epoch: min(case.steps, total - epoch * case.steps) for epoch in range(-(-total // case.steps))}
-        )
-        read = Counter()
-        for piece in pieces:
-            read[piece.epoch] += len(piece_rows(piece, case.sizes[piece.shard], case.seed))
-        assert read == Counter({epoch: steps * (high - low) for epoch, steps in per_epoch.items()})
+        batches = planned(case, 0, world_size, rank)
+        shards = np.searchsorted(case.manifest.offsets, batches, side="right") - 1
+        for slots in shards.T:  # one slot belongs to one stream
+            changes = slots[np.flatnonzero(np.diff(slots, prepend=-1))]
+            assert len(changes) == len(set(changes.tolist()))
 
 
 def test_epochs_and_seeds_differ():
     def batches(seed: int, epoch: int) -> np.ndarray:
         case = Case(sizes=(50,) * 20, streams=4, batch=40, seed=seed)
-        return whole_run(case, 1, range(epoch * 25, (epoch + 1) * 25))
+        return everyone(case, epoch, 1)
 
     first = batches(0, 0)
     np.testing.assert_array_equal(first, batches(0, 0))
@@ -221,10 +148,8 @@ def test_a_batch_that_cannot_be_dealt_is_refused(batch, streams, world_size, mes
 def test_data_smaller_than_a_batch_is_refused():
     manifest = plain_manifest((3, 4), uri="memory://tiny")
     assert orders.steps_per_epoch(manifest, 7) == 1
-    with pytest.raises(ValueError, match=r"batch_size=8 is more than the 7 samples of memory://tiny"):
+    with pytest.raises(ValueError, match=r"batch_size=8 is more than the 7 samples of an epoch"):
         orders.steps_per_epoch(manifest, 8)
-    with pytest.raises(ValueError, match=r"batch_size=8 is more than"):
-        list(run_plan(manifest, seed=0, num_streams=1, world_size=1, rank=0, batch=8, steps=range(3)))
 
 
 @pytest.mark.parametrize("streams", [0, -1])

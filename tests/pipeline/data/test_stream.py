@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 
 import numpy as np
@@ -14,23 +15,19 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.data import pacing
 from pipeline.data.augment import AUGMENTATIONS
+from pipeline.data.decoding import Decoder
 from pipeline.data.images import decode_rgb
-from pipeline.data.order import stream_slots
+from pipeline.data.order import rank_slots
+from pipeline.data.quarantine import Quarantine, read_quarantine
+from pipeline.data.reading import PlanReader
 from pipeline.data.shards import ShardError
-from pipeline.data.stream import (
-    BatchAssembler,
-    PlannedDataConfig,
-    StreamConfig,
-    StreamPlan,
-    _DecodeAugment,
-    _PieceReader,
-    rank_dataset,
-)
+from pipeline.data.stream import BatchAssembler, PlannedDataConfig, Share, StreamConfig, StreamPlan, rank_dataset
 from tests.pipeline.data.writers import jpeg, label_of, packed_set
 
 SIZES = (9, 14, 11, 6, 12)
 SEED, BATCH, STREAMS = 21, 12, 3
 STEPS_PER_EPOCH = sum(SIZES) // BATCH
+SHARE = Share(1.0, 256 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -38,102 +35,49 @@ def packed(tmp_path_factory):
     return packed_set(tmp_path_factory.mktemp("stream") / "set", SIZES)
 
 
-def stream_plan(manifest, *, total_steps: int = 2 * STEPS_PER_EPOCH, augmentation: str = "adaface") -> StreamPlan:
-    config = StreamConfig(num_streams=STREAMS, augmentation=augmentation, block_rows=8)
-    return StreamPlan(manifest=manifest, config=config, seed=SEED, batch=BATCH, total_steps=total_steps)
+def stream_plan(data, *, total_steps: int = 2 * STEPS_PER_EPOCH, **config) -> StreamPlan:
+    settings = StreamConfig(**{"num_streams": STREAMS, "block_rows": 8} | config)
+    return StreamPlan(data=data, config=settings, seed=SEED, batch=BATCH, total_steps=total_steps)
 
 
 def tables(plan: StreamPlan, world_size: int, rank: int, start: int = 0) -> list[pa.Table]:
-    """What Ray's read tasks of one rank give, in order."""
-    return [table for piece in plan.pieces(world_size, rank, start) for table in _PieceReader(plan, piece)()]
+    """What the reading actor of one rank gives, in order."""
+    reader = PlanReader(plan, world_size, rank, start)
+    return list(reader({"chunk": np.arange(plan.num_chunks(world_size, start))}))
 
 
 def assembler(blocks, world_size: int = 1, rank: int = 0) -> BatchAssembler:
-    return BatchAssembler(iter(blocks), batch=BATCH, num_streams=STREAMS, world_size=world_size, rank=rank)
+    low, high = rank_slots(BATCH, world_size, rank)
+    return BatchAssembler(iter(blocks), high - low)
 
 
-def columns(streams: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-    return {"image": index[:, None] + 1000, "label": index % 7, "index": index, "stream": streams}
-
-
-def cut_blocks(block: dict[str, np.ndarray], cuts: list[int]) -> list[dict[str, np.ndarray]]:
-    edges = [0, *sorted(cuts), len(block["index"])]
-    return [{name: column[a:b] for name, column in block.items()} for a, b in itertools.pairwise(edges)]
-
-
-@st.composite
-def dealings(draw):
-    """Batch, streams, ranks, one rank, its rows in some order that a plan may have, and its expected batches."""
-    streams, period, steps = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
-    world_size = draw(st.integers(1, min(6, streams * period)))
-    rank = draw(st.integers(0, world_size - 1))
-    slots = stream_slots(streams * period, streams, world_size, rank)
-    expected = [[] for _ in range(steps)]
-    rows: dict[int, list[int]] = {}
-    number = 0
-    for stream, low, high in slots:
-        for step in range(steps):
-            taken = list(range(number, number + high - low))
-            number += high - low
-            rows.setdefault(stream, []).extend(taken)
-            expected[step] += taken
-    # Runs of the streams one after another, as the pieces of a plan come: any interleaving that keeps each in order.
-    order: list[tuple[int, int]] = []
-    queues = {stream: list(values) for stream, values in rows.items() if values}
-    while queues:
-        stream = draw(st.sampled_from(sorted(queues)))
-        count = draw(st.integers(1, len(queues[stream])))
-        order += [(stream, row) for row in queues[stream][:count]]
-        queues[stream] = queues[stream][count:]
-        if not queues[stream]:
-            del queues[stream]
-    cuts = draw(st.lists(st.integers(0, len(order)), max_size=12))
-    block = columns(np.array([s for s, _ in order], np.int64), np.array([r for _, r in order], np.int64))
-    return streams * period, streams, world_size, rank, cut_blocks(block, cuts), np.array(expected)
+def indices(plan: StreamPlan, table: pa.Table) -> np.ndarray:
+    return plan.data.offsets[table["shard"].to_numpy()] + table["row"].to_numpy()
 
 
 @settings(max_examples=150)
-@given(dealings())
-def test_blocks_cut_anywhere_give_the_same_batches(dealing):
-    batch, streams, world_size, rank, blocks, expected = dealing
-    batches = list(BatchAssembler(iter(blocks), batch=batch, num_streams=streams, world_size=world_size, rank=rank))
-    assert len(batches) == len(expected)
-    for got, index in zip(batches, expected, strict=True):
-        np.testing.assert_array_equal(got.indices, index)
-        np.testing.assert_array_equal(got.labels, index % 7)
-        np.testing.assert_array_equal(got.images, index[:, None] + 1000)
-
-
-@settings(max_examples=150)
-@given(dealings(), st.data())
-def test_rows_that_are_missing_at_the_end_are_never_passed_over_in_silence(dealing, data):
-    batch, streams, world_size, rank, blocks, expected = dealing
-    whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    stream = data.draw(st.sampled_from(sorted(set(whole["stream"].tolist()))))
-    own = np.flatnonzero(whole["stream"] == stream)
-    lost = data.draw(st.integers(1, len(own)))
-    keep = np.setdiff1d(np.arange(len(whole["index"])), own[-lost:])
-    part = {name: column[keep] for name, column in whole.items()}
-    low, high = next((low, high) for s, low, high in stream_slots(batch, streams, world_size, rank) if s == stream)
-    only_whole_batches = len(set(whole["stream"].tolist())) == 1 and lost % (high - low) == 0
-    if only_whole_batches:
-        return  # a shorter plan would look the same
-    assembling = BatchAssembler(iter([part]), batch=batch, num_streams=streams, world_size=world_size, rank=rank)
-    whole_batches = (len(own) - lost) // (high - low)
-    for index in expected[:whole_batches]:
-        np.testing.assert_array_equal(next(assembling).indices, index)  # what comes before the loss is right
-    with pytest.raises(ShardError, match=r"end in the middle of a batch"):
-        next(assembling)
+@given(size=st.integers(1, 9), steps=st.integers(0, 9), cuts=st.lists(st.integers(0, 81), max_size=12))
+def test_blocks_cut_anywhere_give_the_same_batches(size, steps, cuts):
+    index = np.arange(size * steps)
+    edges = sorted({0, len(index), *(min(cut, len(index)) for cut in cuts)})
+    blocks = [
+        {"image": index[a:b, None] + 1000, "label": index[a:b] % 7, "index": index[a:b]}
+        for a, b in itertools.pairwise(edges)
+    ]
+    batches = list(BatchAssembler(iter(blocks), size))
+    assert len(batches) == steps
+    for got, expected in zip(batches, index.reshape(steps, size), strict=True):
+        np.testing.assert_array_equal(got.indices, expected)
+        np.testing.assert_array_equal(got.labels, expected % 7)
+        np.testing.assert_array_equal(got.images, expected[:, None] + 1000)
 
 
 def test_rows_that_end_in_the_middle_of_a_batch_are_an_error():
-    batches = assembler([columns(np.zeros(6, np.int64), np.arange(6)), columns(np.ones(4, np.int64), np.arange(6, 10))])
-    with pytest.raises(ShardError, match=r"the samples of stream 2 end in the middle of a batch"):
+    index = np.arange(10)
+    batches = BatchAssembler(iter([{"image": index, "label": index, "index": index}]), 6)
+    assert next(batches).indices.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ShardError, match=r"end in the middle of a batch: 2 of 6 are missing"):
         next(batches)
-
-
-def test_no_rows_at_all_is_the_end():
-    assert list(assembler([])) == []
 
 
 # --- a packed set on disk ---
@@ -143,7 +87,7 @@ def oracle(manifest, total_steps: int) -> np.ndarray:
     """Global batches [steps, batch] from the description of the order alone."""
     steps = []
     for epoch in range(-(-total_steps // STEPS_PER_EPOCH)):
-        shards = np.random.default_rng((SEED, epoch)).permutation(len(SIZES))
+        shards = np.random.default_rng((SEED, epoch, 0)).permutation(len(SIZES))
         sequence = np.concatenate(
             [
                 manifest.offsets[shard] + np.random.default_rng((SEED, epoch, shard)).permutation(SIZES[shard])
@@ -159,40 +103,72 @@ def oracle(manifest, total_steps: int) -> np.ndarray:
 def test_the_read_rows_are_the_planned_samples_with_their_labels(packed, world_size):
     plan, parts = stream_plan(packed), []
     for rank in range(world_size):
-        blocks = [
-            {
-                "image": np.array([hash(image.as_py()) for image in table["image"]]),
-                "label": table["label"].to_numpy(),
-                "index": table["index"].to_numpy(),
-                "stream": table["stream"].to_numpy(),
-            }
-            for table in tables(plan, world_size, rank)
-        ]
-        batches = list(assembler(blocks, world_size, rank))
-        assert len(batches) == plan.total_steps
-        for batch in batches:
-            assert batch.labels.tolist() == [label_of(i) for i in batch.indices.tolist()]
-            assert batch.images.tolist() == [hash(jpeg(i)) for i in batch.indices.tolist()]
-        parts.append(np.stack([batch.indices for batch in batches]))
+        low, high = rank_slots(BATCH, world_size, rank)
+        whole = pa.concat_tables(tables(plan, world_size, rank))
+        index = indices(plan, whole)
+        assert whole["label"].to_pylist() == [label_of(i) for i in index.tolist()]
+        assert whole["image"].to_pylist() == [jpeg(i) for i in index.tolist()]
+        parts.append(index.reshape(-1, high - low))
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), oracle(packed, plan.total_steps))
 
 
-@pytest.mark.parametrize("total_steps", [1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH + 2])
-@pytest.mark.parametrize("world_size", [1, 5])
-def test_the_batches_end_where_the_run_ends_also_within_an_epoch(packed, total_steps, world_size):
-    plan = stream_plan(packed, total_steps=total_steps)
-    for rank in range(world_size):
-        blocks = [
-            {name: table[name].to_numpy() for name in ("label", "index", "stream")}
-            | {"image": table["index"].to_numpy()}
-            for table in tables(plan, world_size, rank)
-        ]
-        assert len(list(assembler(blocks, world_size, rank))) == total_steps
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(1, 3 * STEPS_PER_EPOCH),
+    data=st.data(),
+    world_size=st.integers(1, 12),
+    block_rows=st.sampled_from([1, 5, 8, 100]),
+)
+def test_chunks_are_the_steps_of_a_run_from_any_step_to_its_end(packed, total, data, world_size, block_rows):
+    plan = stream_plan(packed, total_steps=total, block_rows=block_rows)
+    start = data.draw(st.integers(0, total))
+    chunks = [plan.chunk(c, world_size, start) for c in range(plan.num_chunks(world_size, start))]
+    assert [step for chunk in chunks for step in chunk] == list(range(start, total))
+    expected = oracle(packed, total)
+    for chunk in chunks:
+        assert len(chunk) > 0
+        for rank in (0, world_size - 1):
+            low, high = rank_slots(BATCH, world_size, rank)
+            samples = plan.samples(world_size, rank, chunk)
+            index = packed.offsets[samples.shard] + samples.row
+            np.testing.assert_array_equal(index.reshape(-1, high - low), expected[chunk.start : chunk.stop, low:high])
+            assert (samples.lap == np.repeat([step // STEPS_PER_EPOCH for step in chunk], high - low)).all()
 
 
-def expected_images(plan: StreamPlan, index: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+def test_resuming_opens_only_the_shards_that_are_still_needed(packed, monkeypatch):
+    opened = []
+
+    def noted(source, number):
+        opened.append(number)
+        return read(source, number)
+
+    plan = stream_plan(packed, total_steps=STEPS_PER_EPOCH)
+    read = type(plan.shard_source()).read
+    monkeypatch.setattr("pipeline.data.shard_source.ShardSource.read", noted)
+    start = STEPS_PER_EPOCH - 1
+    tables(plan, 1, 0, start)
+    needed = (
+        np.searchsorted(packed.offsets, oracle(packed, STEPS_PER_EPOCH)[start:].ravel(), side="right") - 1
+    ).tolist()
+    assert sorted(opened) == sorted(set(needed))
+    assert len(opened) < len(SIZES)
+
+
+def test_a_plan_travels_without_what_it_can_make_again(packed):
+    plan = stream_plan(packed)
+    plan.samples(1, 0, range(2))
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan
+    assert again._orders == {}
+    for _ in range(2):  # and keeps few epochs
+        for epoch in range(5):
+            plan.order(epoch)
+    assert len(plan._orders) <= 2
+
+
+def expected_images(plan: StreamPlan, index: np.ndarray, lap: np.ndarray) -> np.ndarray:
     images = np.stack([decode_rgb(jpeg(i)) for i in index.tolist()])
-    return AUGMENTATIONS[plan.config.augmentation](images, index, plan.seed, epoch)
+    return AUGMENTATIONS[plan.config.augmentation](images, index, plan.seed, lap)
 
 
 @settings(max_examples=10)
@@ -200,7 +176,7 @@ def expected_images(plan: StreamPlan, index: np.ndarray, epoch: np.ndarray) -> n
 @pytest.mark.parametrize("augmentation", ["adaface", "flip", "none"])
 def test_images_are_the_augmented_originals_for_every_block_cut_and_world_size(packed, augmentation, rows, world_size):
     plan = stream_plan(packed, augmentation=augmentation)
-    decode, parts = _DecodeAugment(augmentation, SEED), []
+    decode, parts = Decoder(plan), []
     for rank in range(world_size):
         whole = pa.concat_tables(tables(plan, world_size, rank))
         blocks = [decode(whole.slice(start, rows)) for start in range(0, len(whole), rows)]
@@ -212,21 +188,6 @@ def test_images_are_the_augmented_originals_for_every_block_cut_and_world_size(p
     assert len(parts[0]) == plan.total_steps
 
 
-def test_an_image_that_cannot_be_decoded_names_shard_and_sample():
-    table = pa.table(
-        {
-            "image": pa.array([jpeg(0), b"no image"], pa.large_binary()),
-            "key": ["s3://b/shard-000003.tar: 000000001", "s3://b/shard-000003.tar: 000000002"],
-            "label": [0, 1],
-            "index": [0, 1],
-            "epoch": [0, 0],
-            "stream": [0, 0],
-        }
-    )
-    with pytest.raises(ShardError, match=r"s3://b/shard-000003\.tar: 000000002: not a readable image \(8 bytes\)"):
-        _DecodeAugment("none", 0)(table)
-
-
 def test_a_damaged_shard_is_named_by_the_rank_that_needs_it(tmp_path):
     manifest = packed_set(tmp_path / "set", SIZES)
     data = storage.read_bytes(manifest.shard_uri(2))
@@ -236,7 +197,16 @@ def test_a_damaged_shard_is_named_by_the_rank_that_needs_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_streams", 0), ("block_rows", 0), ("num_streams", -3), ("augmentation", "mixup")]
+    ("field", "value"),
+    [
+        ("num_streams", 0),
+        ("block_rows", 0),
+        ("num_streams", -3),
+        ("augmentation", "mixup"),
+        ("max_bad_images", -1),
+        ("wrong_size", "crop"),
+        ("cache_gib", 0.0),
+    ],
 )
 def test_a_wrong_setting_is_named(field, value):
     with pytest.raises(ValueError, match=rf"stream\.{field}"):
@@ -263,7 +233,9 @@ def test_ray_delivers_the_same_global_sequence_for_every_world_size_and_the_tail
     plan = stream_plan(packed)
     expected = oracle(packed, plan.total_steps)
     for world_size, start in ((1, 0), (2, 0), (1, 3), (2, STEPS_PER_EPOCH + 1)):
-        seen = ray_batches([rank_dataset(plan, world_size, rank, start, 1.0) for rank in range(world_size)], world_size)
+        seen = ray_batches(
+            [rank_dataset(plan, world_size, rank, start, SHARE) for rank in range(world_size)], world_size
+        )
         np.testing.assert_array_equal(np.stack([index for _, _, index in seen]), expected[start:])
         for step, (images, labels, index) in enumerate(seen, start=start):
             assert labels.tolist() == [label_of(i) for i in index.tolist()]
@@ -289,8 +261,52 @@ def test_a_damaged_shard_stops_the_stream_and_is_named(tmp_path, ray_cluster):
     data = bytearray(storage.read_bytes(manifest.shard_uri(1)))
     data[700] ^= 1
     storage.write_bytes(manifest.shard_uri(1), bytes(data))
-    with pytest.raises(Exception, match=r"shard-000001\.tar: corrupt: sha256"):
-        ray_batches([rank_dataset(stream_plan(manifest), 1, 0, 0, 1.0)], 1)
+    with pytest.raises(Exception, match=r"shard-000001\.tar: corrupt, bytes 0 to \d+: sha256"):
+        ray_batches([rank_dataset(stream_plan(manifest), 1, 0, 0, SHARE)], 1)
+
+
+@pytest.mark.ray
+def test_bad_images_are_listed_and_replaced_and_too_many_end_the_stream(tmp_path, ray_cluster):
+    manifest = packed_set(tmp_path / "set", SIZES, images={3: b"not an image", 20: jpeg(20)[:90]})
+    plan, uri = stream_plan(manifest, augmentation="none"), f"{tmp_path}/quarantine.jsonl"
+    expected = oracle(manifest, plan.total_steps)
+    expected[expected == 3], expected[expected == 20] = 4, 21  # the next ones of their shards
+    for world_size in (1, 2):
+        quarantine = Quarantine(uri, budget=2)  # the second time they are known
+        ranks = [rank_dataset(plan, world_size, rank, 0, SHARE, quarantine) for rank in range(world_size)]
+        seen = ray_batches(ranks, world_size)
+        np.testing.assert_array_equal(np.stack([index for _, _, index in seen]), expected)
+        for images, labels, index in seen:
+            assert labels.tolist() == [label_of(i) for i in index.tolist()]
+            np.testing.assert_array_equal(images, np.stack([decode_rgb(jpeg(i)) for i in index.tolist()]))
+        assert quarantine.count() == 2
+    listed = {bad.index: bad for bad in read_quarantine(uri)}
+    assert sorted(listed) == [3, 20]
+    assert listed[3].shard == manifest.shard_uri(0)
+    assert (listed[3].key, listed[20].key) == ("000000003", "000000020")
+    assert "not a readable image (12 bytes)" in listed[3].reason
+    with pytest.raises(Exception, match=r"bad image 2, stream\.max_bad_images=1 are allowed"):
+        ray_batches([rank_dataset(plan, 1, 0, 0, SHARE, Quarantine(f"{tmp_path}/other.jsonl", budget=1))], 1)
+
+
+@pytest.mark.ray
+def test_a_killed_reader_and_a_killed_decoder_change_nothing(packed, ray_cluster):
+    import psutil
+
+    plan = stream_plan(packed, total_steps=300)
+    blocks = rank_dataset(plan, 1, 0, 0, SHARE).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+    batches, seen = assembler(blocks), []
+    mine = psutil.Process().children(recursive=True)
+    for step in range(plan.total_steps):
+        if step in (20, 120):
+            wanted = "PlanReader" if step == 20 else "Decoder"
+            actors = [p for p in psutil.Process().children(recursive=True) if wanted in " ".join(p.cmdline())]
+            assert actors, [p.cmdline() for p in mine]
+            for actor in actors:
+                actor.kill()
+        seen.append(next(batches).indices)
+    np.testing.assert_array_equal(np.stack(seen), oracle(packed, plan.total_steps))
+    assert next(batches, None) is None
 
 
 @pytest.mark.ray
@@ -304,7 +320,9 @@ def test_the_scheduling_loop_rests_while_the_consumer_is_slow(packed, ray_cluste
         return paced(self, op)
 
     monkeypatch.setattr(pacing.PacedScheduling, "max_task_output_bytes_to_read", counted)
-    blocks = iter(rank_dataset(stream_plan(packed), 1, 0, 0, 1.0).iterator().iter_batches(batch_size=None))
+    blocks = iter(
+        rank_dataset(stream_plan(packed, total_steps=200), 1, 0, 0, SHARE).iterator().iter_batches(batch_size=None)
+    )
     next(blocks)
     time.sleep(2)  # the loop meanwhile has blocks that it may not take
     # None at all would mean that Ray no longer calls the hook; without its pause there are thousands.

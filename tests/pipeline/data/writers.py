@@ -15,6 +15,7 @@ import webdataset
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardInfo
+from pipeline.data.shards import block_crc32
 
 MAGIC = b"\x0a\x23\xd7\xce"
 
@@ -74,7 +75,13 @@ def tar_bytes(samples: Sequence[tuple[str, bytes, bytes]]) -> bytes:
 
 
 def shard_info(name: str, data: bytes, num_samples: int) -> ShardInfo:
-    return ShardInfo(name=name, num_samples=num_samples, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return ShardInfo(
+        name=name,
+        num_samples=num_samples,
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        crc32=block_crc32(data),
+    )
 
 
 def plain_manifest(sizes: Sequence[int], uri: str = "memory://none", num_classes: int = 5) -> Manifest:
@@ -97,12 +104,18 @@ def label_of(index: int, num_classes: int = 5) -> int:
     return (index * 7 + 3) % num_classes
 
 
-def packed_set(folder: Path | str, sizes: Sequence[int], num_classes: int = 5) -> Manifest:
-    """A packed data set of small JPEGs: sample i shows `jpeg(i)` and has the label `label_of(i)`."""
+def packed_set(
+    folder: Path | str, sizes: Sequence[int], num_classes: int = 5, images: dict[int, bytes] | None = None
+) -> Manifest:
+    """A packed data set: sample i is `jpeg(i)`, or what ``images`` says, and has the label `label_of(i)`."""
+    images = images or {}
     base, first, shards = storage.normalise(folder), 0, []
     for number, size in enumerate(sizes):
         name = f"shard-{number:06d}.tar"
-        samples = [(f"{i:09d}", jpeg(i), str(label_of(i, num_classes)).encode()) for i in range(first, first + size)]
+        samples = [
+            (f"{i:09d}", images.get(i, jpeg(i)), str(label_of(i, num_classes)).encode())
+            for i in range(first, first + size)
+        ]
         data = tar_bytes(samples)
         storage.write_bytes(storage.join(base, name), data)
         shards.append(shard_info(name, data, size))

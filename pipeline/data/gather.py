@@ -21,7 +21,7 @@ import webdataset
 from pipeline import storage
 from pipeline.data.manifest import ShardInfo
 from pipeline.data.shards import FETCHES, block_crc32
-from pipeline.data.spill import PackError, Sample, Spill
+from pipeline.data.spill import PackError, Sample, Spill, bucket_of
 
 READ_THREADS: Final = 8
 EXAMPLES: Final = 20
@@ -94,16 +94,16 @@ def is_repeated(samples: list[Sample]) -> list[bool]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duplicates:
-    """Equal images of one bucket.
+    """Equal images of consecutive buckets.
 
     Attributes:
-        kept: Samples of the bucket that stay when duplicates are dropped.
+        kept: Samples of each bucket that stay when duplicates are dropped.
         removed: Samples that would go, by person.
         across: Those of them whose first copy is another person's: wrong labels.
         examples: Some of those: (name, name of the first copy).
     """
 
-    kept: int
+    kept: list[int]
     removed: dict[str, int]
     across: int
     examples: list[tuple[str, str]]
@@ -111,27 +111,34 @@ class Duplicates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DuplicateTask:
-    """One bucket to look through."""
+    """Consecutive buckets to look through."""
 
     spills: Any  # ray.ObjectRef of Spills
-    bucket: int
+    buckets: range
 
 
 def find_duplicates(task: DuplicateTask) -> Duplicates:
-    """Count equal images of one bucket."""
+    """Count equal images of some buckets. Memory: their images."""
     spills: Spills = ray.get(task.spills)
-    samples = spills.read(task.bucket, task.bucket + 1)
+    samples = spills.read(task.buckets.start, task.buckets.stop)
     removed: Counter[str] = Counter()
-    across, examples, kept = 0, [], 0
+    kept: Counter[int] = Counter()
+    across, examples = 0, []
     for sample, repeated in zip(samples, is_repeated(samples), strict=True):
         if not repeated:
-            first, kept = sample, kept + 1
+            first = sample
+            kept[bucket_of(sample.key, spills.crc32.shape[1])] += 1
             continue
         removed[sample.identity] += 1
         if sample.identity != first.identity:
             across += 1
             examples.append((sample.name, first.name))
-    return Duplicates(kept=kept, removed=dict(removed), across=across, examples=sorted(examples)[:EXAMPLES])
+    return Duplicates(
+        kept=[kept[bucket] for bucket in task.buckets],
+        removed=dict(removed),
+        across=across,
+        examples=sorted(examples)[:EXAMPLES],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

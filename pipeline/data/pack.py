@@ -33,7 +33,7 @@ from pipeline.data.gather import Duplicates, DuplicateTask, GatherTask, Spills, 
 from pipeline.data.manifest import FORMAT_VERSION, Manifest, ShardInfo
 from pipeline.data.pack_report import QUARANTINE, PackReport
 from pipeline.data.sources import Source, SourceSpec, open_source
-from pipeline.data.sources.base import Part
+from pipeline.data.sources.base import Part, cut
 from pipeline.data.spill import PackError, Spill, SpillTask, check_budget, spill_part
 from pipeline.data.staging import Staging
 from pipeline.runtime import map_tasks
@@ -119,7 +119,8 @@ class _Packing:
         self._task_bytes = int(plan["task_bytes"])
         spills = self._spill()
         uris = ray.put(Spills.of(spills))
-        duplicates = self._find_duplicates(uris, spills)
+        sizes = np.diff(np.array([spill.offsets for spill in spills], np.int64)).sum(axis=0).tolist()
+        duplicates = self._find_duplicates(uris, sizes)
         counts = Counter[str]()
         for spill in spills:
             counts.update(spill.identities)
@@ -128,8 +129,10 @@ class _Packing:
         identities = sort_identities(name for name, count in counts.items() if count > 0)
         if not identities:
             raise PackError("no image is left to pack")
-        kept = [d.kept for d in duplicates] or np.sum([spill.rows for spill in spills], axis=0).tolist()
-        shards = self._gather(uris, spills, kept, identities)
+        kept = [count for found in duplicates for count in found.kept] or np.sum(
+            [spill.rows for spill in spills], axis=0
+        ).tolist()
+        shards = self._gather(uris, kept, sizes, identities)
         report = self._report(spills, duplicates, identities, [counts[name] for name in identities])
         return self._finish(shards, identities, report)
 
@@ -177,15 +180,15 @@ class _Packing:
         check_budget(dropped, len(dropped), self._checks)
         return spills
 
-    def _find_duplicates(self, uris: Any, spills: list[Spill]) -> list[Duplicates]:
-        if self._checks.duplicates == "keep" or not spills:
+    def _find_duplicates(self, uris: Any, sizes: list[int]) -> list[Duplicates]:
+        if self._checks.duplicates == "keep":
             return []
-        tasks = [DuplicateTask(spills=uris, bucket=bucket) for bucket in range(len(spills[0].rows))]
-        return map_tasks(find_duplicates, tasks, functools.partial(self._progress, "buckets compared", len(tasks)))
+        tasks = [DuplicateTask(spills=uris, buckets=run) for run in cut(sizes, self._task_bytes)]
+        what = "runs of buckets compared"
+        return map_tasks(find_duplicates, tasks, functools.partial(self._progress, what, len(tasks)))
 
-    def _gather(self, uris: Any, spills: list[Spill], kept: list[int], identities: list[str]) -> list[ShardInfo]:
+    def _gather(self, uris: Any, kept: list[int], sizes: list[int], identities: list[str]) -> list[ShardInfo]:
         names = ray.put(pa.array(identities, pa.string()))
-        sizes = np.diff(np.array([spill.offsets for spill in spills], np.int64)).sum(axis=0).tolist()
         tasks = [
             GatherTask(
                 spills=uris,
@@ -280,12 +283,8 @@ def shard_runs(kept: Sequence[int], sizes: Sequence[int], samples_per_shard: int
     ends = np.cumsum(kept)
     total = int(ends[-1])
     runs: list[ShardRun] = []
-    first = 0
-    while first < len(kept):
-        stop, read = first + 1, sizes[first]
-        while stop < len(kept) and read + sizes[stop] <= memory:
-            read += sizes[stop]
-            stop += 1
+    for run in cut(list(sizes), memory):
+        first, stop = run.start, run.stop
         begin, end = int(ends[first]) - kept[first], int(ends[stop - 1])
         numbers = range(-(-begin // samples_per_shard), -(-end // samples_per_shard))
         if numbers:
@@ -299,5 +298,4 @@ def shard_runs(kept: Sequence[int], sizes: Sequence[int], samples_per_shard: int
                     shards=list(zip(numbers, counts, strict=True)),
                 )
             )
-        first = stop
     return runs

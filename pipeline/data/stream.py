@@ -304,7 +304,7 @@ class BatchAssembler:
         return self
 
     def __next__(self) -> TrainBatch:
-        """The next batch; a view of a block where it lies within one.
+        """The next batch; its images are a view of a block where they lie within one.
 
         Raises:
             StopIteration: The plan is done.
@@ -325,6 +325,8 @@ class BatchAssembler:
             parts.append(TrainBatch(*(column[:wanted] for column in self._rest)))
             self._rest = TrainBatch(*(column[wanted:] for column in self._rest))
             wanted -= len(parts[-1].labels)
-        if len(parts) == 1:
-            return parts[0]
-        return TrainBatch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        images, labels, indices = zip(*parts, strict=True)
+        # Labels and indices are copied, for they are kept for a while: a view would keep its whole block of pixels.
+        return TrainBatch(
+            images[0] if len(parts) == 1 else np.concatenate(images), np.concatenate(labels), np.concatenate(indices)
+        )

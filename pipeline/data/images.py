@@ -96,6 +96,8 @@ def _decode_by_pil(encoded: Encoded) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except TooManyPixelsError:
         raise
+    except UnidentifiedImageError as error:  # PIL's own words name an object in memory
+        raise ValueError(f"not a readable image ({num_bytes} bytes): no format that is known") from error
     # PIL tells damage in many ways: its PNG and WebP readers raise SyntaxError and ValueError too.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({num_bytes} bytes): {error}") from error

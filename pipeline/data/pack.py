@@ -129,9 +129,8 @@ class _Packing:
         identities = sort_identities(name for name, count in counts.items() if count > 0)
         if not identities:
             raise PackError("no image is left to pack")
-        kept = [count for found in duplicates for count in found.kept] or np.sum(
-            [spill.rows for spill in spills], axis=0
-        ).tolist()
+        everything: list[int] = np.sum([spill.rows for spill in spills], axis=0).tolist()
+        kept = [count for found in duplicates for count in found.kept] if duplicates else everything
         shards = self._gather(uris, kept, sizes, identities)
         report = self._report(spills, duplicates, identities, [counts[name] for name in identities])
         return self._finish(shards, identities, report)
@@ -228,6 +227,7 @@ class _Packing:
             num_few=len(few),
             few_examples=[names[label] for label in few[:EXAMPLES]],
             statistics=statistics,
+            checks=asdict(self._checks),
         )
 
     def _finish(self, shards: list[ShardInfo], identities: list[str], report: PackReport) -> Manifest:

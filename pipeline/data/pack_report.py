@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from pipeline import storage
@@ -27,6 +27,7 @@ class PackReport:
         num_few: People with fewer images than that.
         few_examples: Some of them, by name.
         statistics: Over all images read.
+        checks: `PackChecks` as a dict: what was looked at.
     """
 
     num_read: int
@@ -38,6 +39,7 @@ class PackReport:
     num_few: int
     few_examples: list[str]
     statistics: ImageStatistics
+    checks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_packed(self) -> int:

@@ -81,7 +81,7 @@ def fetch_verified(uri: str, info: ShardInfo) -> bytes:
         except storage.SizeError as error:
             raise ShardError(
                 f"{uri}: truncated or altered: {error.found} bytes, the manifest says {info.num_bytes}"
-            ) from error
+            ) from None
         digest = hashlib.sha256(data).hexdigest()
         if digest == info.sha256:
             return data

@@ -51,7 +51,7 @@ class StreamConfig:
     this many encoded ones over all ranks."""
     augmentation: str = "adaface"
     """Recipe: see docs/augmentation.md."""
-    block_rows: int = 256
+    block_rows: int = 512
     """Images that an actor decodes in one call."""
     max_bad_images: int = 100
     """Images of a run that may turn out undecodable before it ends; they are listed in quarantine.jsonl."""

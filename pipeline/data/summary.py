@@ -83,6 +83,10 @@ def _left_out(report: PackReport) -> Section:
     notes = [] if rows else ["Every image of the source is in the shards."]
     if any(kind != "duplicate" for kind in report.dropped):
         notes.append(f"Each image that was left out as bad is listed, with the reason, in {QUARANTINE}.")
+    if report.checks.get("decode") is False:
+        notes.append("Images were packed unseen: undecodable ones and other sizes will be met in training.")
+    if report.checks.get("duplicates") == "keep":
+        notes.append("Equal images were not looked for.")
     return Section(
         title="From the source to the shards",
         columns=("", "images", "share"),

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lgaf.models import NETWORKS
 from pipeline import storage
-from pipeline.config import RESUMABLE, TrainConfig
+from pipeline.config import TrainConfig, recipe, recipe_of
 from pipeline.console import JobDisplay, closing_table, packed_table
 from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.checks import PackChecks
@@ -169,11 +169,10 @@ def _with_place(config: TrainConfig) -> TrainConfig:
         folder = os.path.join("~", "lgaf-outputs")
     data, sets = (uri if uri in ("", SYNTHETIC) else storage.normalise(uri) for uri in (config.data, config.benchmarks))
     mix = {uri if uri == SYNTHETIC else storage.normalise(uri): weight for uri, weight in config.mix.items()}
-    if data in mix:
-        raise ValueError(f"mix={data!r} is --data too: each set is named once")
+    if data in mix or len(mix) < len(config.mix):
+        raise ValueError(f"mix={list(config.mix)} and data={data!r}: each set is named once")
     config = replace(config, storage=storage.normalise(folder), data=data, mix=mix, benchmarks=sets)
-    content = {key: value for key, value in asdict(config).items() if key not in RESUMABLE}
-    return replace(config, run_name=config.run_name or f"{config.preset}-{storage.fingerprint(content)[:8]}")
+    return replace(config, run_name=config.run_name or f"{config.preset}-{storage.fingerprint(recipe(config))[:8]}")
 
 
 def _check_resumable(config: TrainConfig, run_uri: str) -> None:
@@ -181,13 +180,20 @@ def _check_resumable(config: TrainConfig, run_uri: str) -> None:
     uri = storage.join(run_uri, "config.json")
     content = storage.plain_json(asdict(config))
     if storage.exists(uri) and storage.exists(storage.join(run_uri, METRICS)):
-        before = storage.read_json(uri)
-        changed = [key for key in sorted(content.keys() | before.keys()) if content.get(key) != before.get(key)]
-        fixed = [key for key in changed if key not in RESUMABLE]
+        before, now = (_fields(recipe_of(settings)) for settings in (storage.read_json(uri), content))
+        fixed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
         if fixed:
-            details = "; ".join(f"{key} was {before.get(key)!r}, is {content.get(key)!r}" for key in fixed)
+            details = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fixed)
             raise ValueError(f"run_name={config.run_name!r} was started with another configuration: {details}")
     storage.write_json(uri, content)
+
+
+def _fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by their names on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
 
 
 def _open_place(config: TrainConfig, run_uri: str) -> RunPlace:

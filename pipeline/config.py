@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import tyro
 
@@ -29,6 +30,22 @@ NetworkSettings = LGAFConfig | LSCNNConfig | HPDAConfig | CQAFaceConfig | TransF
 
 # Fields that may differ when a run is resumed: none of them changes what is trained.
 RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
+
+
+# Of `stream`, likewise: how samples come, not which.
+RESUMABLE_STREAM: Final = frozenset({"block_rows", "max_bad_images", "cache_dir", "cache_gib"})
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """What a run trains, as a dict: a resumed run must agree with it, and a run without a name is named by it."""
+    return recipe_of(dataclasses.asdict(config))
+
+
+def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a whole configuration that is a dict already."""
+    content = {key: value for key, value in settings.items() if key not in RESUMABLE}
+    stream = {key: value for key, value in settings["stream"].items() if key not in RESUMABLE_STREAM}
+    return content | {"stream": stream}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

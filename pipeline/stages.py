@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pipeline import storage
-from pipeline.config import RESUMABLE, TrainConfig
+from pipeline.config import TrainConfig, recipe
 from pipeline.data import manifest as manifest_file
 from pipeline.data.benchmarks import find_verification_sets, write_verification_bin
 from pipeline.data.manifest import FORMAT_VERSION, Manifest
 from pipeline.data.mixture import Mixture
+from pipeline.data.order import epoch_samples
 from pipeline.data.pack import PackSettings, pack
 from pipeline.data.sources import PACKED, SYNTHETIC, SourceSpec, detect_format, open_source
 from pipeline.data.synthetic import RENDERER_VERSION, SYNTHETIC_BENCHMARKS, benchmark_pairs
@@ -68,7 +69,6 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
     """The graph of a training job."""
     content = asdict(config)
     logged_to = {"store": place.tracking_uri, "mlflow_run": place.mlflow_run_id}
-    recipe = {key: value for key, value in content.items() if key not in RESUMABLE}
     return [
         Stage(
             name="data",
@@ -89,7 +89,7 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
         Stage(
             name="train",
             artefact=TrainedModel,
-            inputs=recipe,
+            inputs=recipe(config),
             needs=("data",),
             run=functools.partial(_train, config, place, on_progress),
             is_valid=lambda model: storage.exists(storage.join(model.model_uri, CONFIG)),
@@ -206,7 +206,12 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
     )
     loaded = Mixture.load(dict(data.sets))
     done = latest_step(place.uri)
-    on_progress("train", done, stream_plan(config, loaded).total_steps, "resumed" if done else "from the start")
+    plan = stream_plan(config, loaded)
+    left_out = epoch_samples(loaded) % config.batch_size
+    note = (
+        f"{'resumed' if done else 'from the start'}; {left_out} samples of each epoch are left out (less than a batch)"
+    )
+    on_progress("train", done, plan.total_steps, note)
     trained = train(
         config,
         loaded,

@@ -33,8 +33,10 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
             return np.asarray(simplejpeg.decode_jpeg(encoded, colorspace="RGB"))
         except TooManyPixelsError:
             raise
-        except ValueError:
-            pass  # CMYK and other rarities that PIL can read
+        except ValueError as error:
+            # CMYK and other rarities are PIL's. Damage is not: PIL fills up what is missing, with grey or rubbish.
+            if str(error).startswith("Corrupt JPEG data"):
+                raise ValueError(f"not a readable image ({len(encoded)} bytes): {error}") from error
     return _decode_by_pil(encoded)
 
 

@@ -110,8 +110,8 @@ def epoch_order(data: DataSet, seed: int, epoch: int, num_streams: int) -> Epoch
 
 
 def lap_samples(sizes: Sequence[int], weight: float) -> int:
-    """Samples that an epoch takes of a set with shards of these sizes."""
-    return round(sum(sizes) * weight)
+    """Samples that an epoch takes of a set with shards of these sizes, at least one."""
+    return max(1, round(sum(sizes) * weight))
 
 
 def _laps(sizes: tuple[int, ...], shards: range, member: int, seed: int, wanted: range) -> list[Segment]:
@@ -195,11 +195,17 @@ def steps_per_epoch(data: DataSet, batch: int) -> int:
     Raises:
         ValueError: The data is smaller than one batch.
     """
+    total = epoch_samples(data)
+    if total // batch == 0:
+        raise ValueError(f"batch_size={batch} is more than the {total} samples of an epoch")
+    return total // batch
+
+
+def epoch_samples(data: DataSet) -> int:
+    """Samples of an epoch, before what is less than a batch is left out."""
     sizes = [shard.num_samples for shard in data.shards]
     total, first = 0, 0
     for num_shards, weight in data.members:
         total += lap_samples(sizes[first : first + num_shards], weight)
         first += num_shards
-    if total // batch == 0:
-        raise ValueError(f"batch_size={batch} is more than the {total} samples of an epoch")
-    return total // batch
+    return total

@@ -26,7 +26,7 @@ class PackReport:
         fewer_than: The bound of the next two.
         num_few: People with fewer images than that.
         few_examples: Some of them, by name.
-        statistics: Over all images read.
+        statistics: Over all images read that could be decoded.
         checks: `PackChecks` as a dict: what was looked at.
     """
 

@@ -53,7 +53,8 @@ class Quarantine:
         return int(ray.get(self._board.count.remote()))
 
 
-@ray.remote(num_cpus=0)
+# Its list is in the file, so it may die and come back; the same image added again changes nothing.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Board:
     def __init__(self, uri: str, budget: int) -> None:
         self._uri, self._budget = uri, budget

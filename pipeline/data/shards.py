@@ -58,7 +58,7 @@ def read_shard(uri: str, info: ShardInfo, num_classes: int, cache: ShardCache | 
         data = cache.get(info.sha256, info.num_bytes, lambda: fetch_verified(uri, info))
         if hashlib.sha256(data).hexdigest() != info.sha256:  # the disk lies: the store is asked again
             cache.discard(info.sha256)
-            data = cache.get(info.sha256, info.num_bytes, lambda: fetch_verified(uri, info))
+            data = fetch_verified(uri, info)
     samples = parse_shard(data, uri)
     if len(samples.images) != info.num_samples:
         raise ShardError(f"{uri}: {len(samples.images)} samples, the manifest says {info.num_samples}")

@@ -26,8 +26,8 @@ class Staging:
         output: Folder URI of the data set.
 
     Attributes:
-        parts: Folder of the first pass.
-        shards: Folder of the notes of finished shards.
+        parts: Folder of the first pass; known once `prepare` was called.
+        shards: Folder of the notes of finished shards; likewise.
     """
 
     def __init__(self, output: str) -> None:
@@ -35,8 +35,7 @@ class Staging:
         self._manifest = storage.join(output, manifest.NAME)
         self._folder = storage.join(output, NAME)
         self._plan = storage.join(self._folder, "plan.json")
-        self.parts = storage.join(self._folder, "parts")
-        self.shards = storage.join(self._folder, "shards")
+        self.parts = self.shards = ""
 
     def prepare(self, packing: dict[str, Any], new_plan: Callable[[], Any], is_current: Callable[[Any], bool]) -> Any:
         """Go on with what an interrupted packing of the same left, or clear what another left; no manifest remains.
@@ -52,6 +51,9 @@ class Staging:
         Raises:
             PackError: The folder holds shards that are not ours.
         """
+        # Named by what is packed: a task of another packing that outlives its driver notes its work elsewhere.
+        own = storage.join(self._folder, storage.fingerprint(packing)[:16])
+        self.parts, self.shards = storage.join(own, "parts"), storage.join(own, "shards")
         names = (storage.list_folder(self._output)[0] or ()) if storage.exists(self._output) else ()
         for name in filter(_PARTIAL.fullmatch, names):
             storage.delete_file(storage.join(self._output, name))
@@ -67,8 +69,8 @@ class Staging:
             )
         storage.write_json(self._plan, {})
         storage.delete_file(self._manifest)
-        for folder in (self.parts, self.shards):
-            storage.delete_tree(folder)
+        for name in storage.list_folder(self._folder)[1]:
+            storage.delete_tree(storage.join(self._folder, name))
         for name in shards:
             storage.delete_file(storage.join(self._output, name))
         plan = new_plan()

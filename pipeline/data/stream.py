@@ -48,7 +48,7 @@ class StreamConfig:
 
     num_streams: int = 16
     """Shards that a global batch mixes; divides the batch size. More mix better and hold more shards in memory: about
-    this many encoded ones over all ranks."""
+    this many encoded ones over all ranks, or one a rank where there are more ranks than streams."""
     augmentation: str = "adaface"
     """Recipe: see docs/augmentation.md."""
     block_rows: int = 512

@@ -228,6 +228,7 @@ def test_a_run_that_never_trained_may_be_corrected(tmp_path):
         {"tracking": TrackingConfig(uri="http://mlflow:5000")},
         {"benchmarks": "/faces"},
         {"storage": "/mounted/elsewhere"},
+        {"stream": replace(presets.demo().stream, max_bad_images=5000, block_rows=64, cache_dir="/scratch")},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -237,6 +238,13 @@ def test_what_does_not_change_the_training_may_differ(tmp_path, changes):
     cli._check_resumable(replace(config, **changes), str(tmp_path))
     noted = storage.read_json(str(tmp_path / "config.json"))
     assert noted == storage.plain_json(asdict(replace(config, **changes)))
+
+
+def test_another_way_to_read_the_same_samples_leaves_the_run_its_name():
+    stream = presets.demo().stream
+    name = cli._with_place(presets.demo()).run_name
+    assert cli._with_place(replace(presets.demo(), stream=replace(stream, block_rows=64))).run_name == name
+    assert cli._with_place(replace(presets.demo(), stream=replace(stream, num_streams=8))).run_name != name
 
 
 def test_the_whole_job_refuses_it_in_one_line(tmp_path, capsys, no_start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -68,6 +69,8 @@ def look_through(uri: str, extensions: Collection[str], what: str) -> Listing:
         infos, root = [storage.file_info(place)], place.rpartition("/")[0]
     else:
         infos, root = storage.list_files(place), place
+        if storage.is_local(place):
+            _refuse_odd_entries(str(storage.local_path(place)))
     names, sizes, num_others, digest = [], [], 0, hashlib.sha256()
     for info in infos:
         name = info.uri.removeprefix(root).lstrip("/")
@@ -84,6 +87,20 @@ def look_through(uri: str, extensions: Collection[str], what: str) -> Listing:
     if not names:
         raise SourceError(f"{place}: holds no {what} ({_listed(extensions)})")
     return Listing(root=root, names=tuple(names), sizes=tuple(sizes), num_others=num_others, digest=digest.hexdigest())
+
+
+def _refuse_odd_entries(folder: str) -> None:
+    """Raise `SourceError` for what a listing leaves out in silence (a link to nothing) or sees twice (to a folder)."""
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.is_dir():
+                    raise SourceError(f"{entry.path}: a link to a folder, which would be read twice: name that folder")
+                elif not entry.is_file():
+                    raise SourceError(f"{entry.path}: neither a file nor a folder, or a link to nothing")
 
 
 def _listed(extensions: Collection[str]) -> str:
@@ -111,11 +128,19 @@ def folder_of(name: str) -> str:
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
-def class_name(text: str) -> str:
-    """An identity as its source writes it, without blanks around it; a class number as plain decimal digits."""
+def class_name(text: str, place: str) -> str:
+    """An identity as its source writes it, without blanks around it; a class number as plain decimal digits.
+
+    Raises:
+        SourceError: A negative number, which names ``place``: it stands for "not labelled" (Hugging Face's test sets).
+    """
     text = text.strip()
     number = _CLASS_NUMBER.fullmatch(text)
-    return str(int(number[1])) if number else text
+    if number is None:
+        return text
+    if int(number[1]) < 0:
+        raise SourceError(f"{place}: the label is {text}: a class number from 0 on, or a name, is expected")
+    return str(int(number[1]))
 
 
 def files_at(place: Place, extensions: Collection[str]) -> list[str]:

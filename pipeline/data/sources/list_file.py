@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from pipeline import storage
-from pipeline.data.sources.base import Part, Place, RawSample, SourceError, SourceSpec, cut
+from pipeline.data.sources.base import Part, Place, RawSample, SourceError, SourceSpec, cut, file_versions
 from pipeline.data.sources.files import Wanted, class_name, extension, read_ahead
 from pipeline.data.sources.list_form import EXPECTED, Form, find_form
 
@@ -61,7 +61,7 @@ def _entries(lines: Iterable[_Line], form: Form, uri: str) -> Iterator[_Entry]:
             raise SourceError(
                 f"{uri}: line {line.number}: {line.text[:200]!r}: {error}; expected, as before: {form.expected}"
             ) from error
-        yield _Entry(line.number, line.start, path, class_name(label))
+        yield _Entry(line.number, line.start, path, class_name(label, f"{uri}: line {line.number}"))
 
 
 def _image_uri(root: str, path: str) -> str:
@@ -95,7 +95,8 @@ class _Images:
 class ListSource:
     """Images named by a list file. How its lines are laid out is found from the first ones, and holds for all.
 
-    Opening reads the list and checks every line. The images are not looked at: `version` knows of the list alone.
+    Opening reads the list and checks every line. Of the images only a few are looked at: `version` knows where they lie
+    and the sizes and times of these few.
     """
 
     def __init__(self, spec: SourceSpec) -> None:
@@ -141,7 +142,8 @@ class ListSource:
         counts = [_STRIDE] * len(self._starts)
         counts[-1] -= -self._num_images % _STRIDE
         ends = [*self._starts[1:], self._num_bytes]
-        image_bytes = self._mean_image_bytes(ends)
+        some = self._some_images()
+        image_bytes = max(1, sum(info.num_bytes for info in some) // len(some))
         return [
             _Images(
                 uri=self._uri,
@@ -155,25 +157,27 @@ class ListSource:
             for run in cut([count * image_bytes for count in counts], part_bytes)
         ]
 
-    def _mean_image_bytes(self, ends: list[int]) -> int:
+    def _some_images(self) -> list[storage.FileInfo]:
+        ends = [*self._starts[1:], self._num_bytes]
         places = range(0, len(self._starts), -(-len(self._starts) // _SIZES_LOOKED_AT))
-        total = 0
+        found = []
         for place in places:
             start = self._starts[place]
             raw = io.BytesIO(storage.read_range(self._uri, start, ends[place] - start))
             lines = _lines(raw, self._uri, self._numbers[place], start)
             entry = next(_entries(lines, self._form, self._uri))
             image = _image_uri(self._root, entry.path)
-            if not storage.exists(image):
+            try:
+                found.append(storage.file_info(image))
+            except storage.MissingError as error:
                 raise SourceError(
                     f"{self._uri}: line {entry.line}: {image}: does not exist; paths are taken from {self._root}"
-                )
-            total += storage.size(image)
-        return max(1, total // len(places))
+                ) from error
+        return found
 
     def version(self) -> dict[str, Any]:
-        """The list's contents, not those of the images."""
-        return {"sha256": self._sha256}
+        """The list's contents, where its paths begin, and a few of the images: not each of them is looked at."""
+        return {"sha256": self._sha256, "root": self._root, "images": file_versions(self._some_images())}
 
     def describe(self) -> dict[str, Any]:
         """The list's contents and length."""

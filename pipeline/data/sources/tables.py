@@ -191,7 +191,7 @@ class _Rows:
         return bytes(value)
 
     def _identity(self, value: Any, place: str) -> str:
-        identity = "" if value is None else class_name(str(value))
+        identity = "" if value is None else class_name(str(value), place)
         if not identity:
             raise SourceError(f"{place}: column {self.label!r} has no label ({'null' if value is None else 'empty'})")
         return identity

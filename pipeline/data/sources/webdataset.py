@@ -67,7 +67,7 @@ def _identity(fields: dict[str, bytes], place: str) -> str:
 
 def _text(body: bytes, place: str) -> str:
     try:
-        text = class_name(body.decode())
+        text = class_name(body.decode(), place)
     except UnicodeDecodeError as error:
         raise SourceError(f"{place}: {body[:20]!r} is not UTF-8") from error
     if not text or "\n" in text:
@@ -85,9 +85,9 @@ def _identity_in_json(body: bytes, place: str) -> str:
     if field is None:
         return ""
     value = content[field]
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or not class_name(str(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not class_name(str(value), place):
         raise SourceError(f"{place}: {field} is {value!r}, expected: a class number or a name")
-    return class_name(str(value))
+    return class_name(str(value), place)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

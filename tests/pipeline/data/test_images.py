@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -221,3 +222,20 @@ def test_shrinking_takes_means_over_areas():
     image = np.zeros((224, 224, 3), np.uint8)
     image[::2, ::2] = 200  # one of four
     assert (fitted(image, (112, 112), resize=True) == 50).all()
+
+
+def test_a_jpeg_with_damaged_data_is_refused_though_pil_would_fill_it_up():
+    rng, refused, filled = np.random.default_rng(0), 0, 0
+    for trial in range(300):
+        data = bytearray(jpeg(trial % 50))
+        place = int(rng.integers(len(data) // 2, len(data) - 2))
+        data[place] ^= 1 << int(rng.integers(8))
+        try:
+            decode_rgb(bytes(data))
+        except ValueError as error:
+            refused += "not a readable image" in str(error)
+            with suppress(OSError, SyntaxError, ValueError):
+                Image.open(io.BytesIO(bytes(data))).convert("RGB")
+                filled += 1
+    assert filled > 10
+    assert refused >= filled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.data.manifest import ManifestError
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import epoch_order, plan, steps_per_epoch
 from pipeline.data.shard_source import ShardSource
+from pipeline.data.shards import ShardError
 from tests.pipeline.data.writers import jpeg, label_of, packed_set, plain_manifest
 
 FIRST, SECOND = (9, 14, 5), (8, 7)
@@ -124,6 +126,18 @@ def test_names_are_left_behind_but_nothing_else():
     lean = data.without_identities()
     assert lean.identities == ()
     assert (lean.num_classes, lean.shards, lean.members) == (data.num_classes, data.shards, data.members)
+    assert mixture(1.0, 0.5).without_identities().weights == (1.0, 0.5)
+
+
+def test_a_label_beyond_its_own_set_is_no_one_of_the_next(tmp_path):
+    first, second = packed_set(tmp_path / "a", (6,), 5), packed_set(tmp_path / "b", (7,), 3)
+    short = replace(first, num_classes=3, identities=first.identities[:3])  # its shard has labels up to 4
+    with pytest.raises(ShardError, match=r"a/shard-000000\.tar: labels go from 0 to 4, the data set has 3 classes"):
+        ShardSource(Mixture(manifests=(short, second), weights=(1.0, 1.0))).read(0)
+
+
+def test_a_tiny_weight_still_takes_a_sample():
+    assert steps_per_epoch(mixture(1.0, 0.001), 1) == 29
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), 2000.0])
@@ -133,8 +147,6 @@ def test_a_weight_that_makes_no_sense_is_refused_by_its_set(weight):
 
 
 def test_sets_with_images_of_different_sizes_are_refused(tmp_path):
-    from dataclasses import replace
-
     first, second = mixture(1.0, 1.0).manifests
     with pytest.raises(ManifestError, match=r"memory://b: images of 128 pixels, those of memory://a have 112"):
         Mixture(manifests=(first, replace(second, image_side=128)), weights=(1.0, 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_after_a_stop_at_any_point_the_same_bytes_come_out(source, references):
     # All that is written or deleted was stopped at, the manifest last.
     names = [line.rpartition("/")[2] for line in done]
     assert names.index("manifest.json") < len(names) - 2
-    assert set(names) >= {"plan.json", "report.json", "shard-000004.tar", "part-000001.json", "parts", ".packing"}
+    assert set(names) >= {"plan.json", "report.json", "shard-000004.tar", "part-000001.json", ".packing"}
 
 
 def test_after_a_stop_while_an_older_set_is_cleared_any_packing_goes_on(source, references):
@@ -233,7 +234,7 @@ def test_a_list_whose_images_changed_is_not_cut_anew_under_the_old_parts(tmp_pat
     source = SourceSpec(format="list", uri=str(tmp_path / "list.txt"))
     two_parts = 128 * len(jpeg(0)) + 100_000
     stopped_behind_shard(source, str(tmp_path / "out"), 3, min_task_bytes=two_parts)
-    assert len(list((tmp_path / "out" / ".packing" / "parts").glob("*.json"))) == 2
+    assert len(list((tmp_path / "out" / ".packing").glob("*/parts/*.json"))) == 2
     images[0].write_bytes(jpeg(300) + bytes(two_parts))  # the list is cut by the sizes of a few of its images
     with in_process(min_task_bytes=two_parts):
         manifest = one(source, str(tmp_path / "out"))
@@ -243,7 +244,7 @@ def test_a_list_whose_images_changed_is_not_cut_anew_under_the_old_parts(tmp_pat
 def test_a_spilled_byte_that_was_altered_is_told_once_and_mended_by_the_next_run(tmp_path, source, references):
     out = tmp_path / "out"
     stopped_behind_shard(source, str(out), 0)
-    spilled = sorted(path for path in (out / ".packing" / "parts").iterdir() if path.suffix != ".json")
+    spilled = sorted(path for path in (out / ".packing").glob("*/parts/*") if path.suffix != ".json")
     data = bytearray(spilled[1].read_bytes())
     data[len(data) // 2] ^= 4
     spilled[1].write_bytes(data)
@@ -281,3 +282,21 @@ def test_a_failure_over_a_finished_set_leaves_no_manifest_of_shards_that_are_gon
             pack(source, out, PackSettings(samples_per_shard=5))
     assert not storage.exists(f"{out}/manifest.json")
     assert not list(Path(out).glob("*.tar"))
+
+
+def test_what_a_late_task_of_another_packing_writes_is_not_believed(tmp_path, source, references):
+    """On an object store nothing locks the output, and tasks may outlive their driver."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    stopped_behind_shard(source, str(out), 2)
+    with in_process(), crash(10**9) as done:
+        one(source, new_place(), 1)
+    at = max(i for i, line in enumerate(done) if line.endswith(".tar.json"))
+    with in_process(), crash(2 * at + 1), pytest.raises(CrashError):
+        one(source, str(other), 1)
+    # All of its notes, and a shard that they speak of, land beside ours.
+    shutil.copytree(
+        other / ".packing", out / ".packing", ignore=shutil.ignore_patterns("plan.json"), dirs_exist_ok=True
+    )
+    shutil.copy(other / "shard-000003.tar", out / "shard-000003.tar")
+    with in_process():
+        assert_equal(one(source, str(out)), references[0])

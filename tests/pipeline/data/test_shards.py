@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.data.cache import ShardCache
 from pipeline.data.manifest import Manifest, ManifestError, ShardInfo
 from pipeline.data.shards import ShardError, parse_shard, read_shard
 from tests.pipeline.data.writers import label_of, packed_set, shard_info, tar_bytes
@@ -358,3 +359,18 @@ def test_a_manifest_that_is_no_json_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(storage.StorageError, match=r"manifest\.json: is not valid JSON"):
         Manifest.load(str(tmp_path))
+
+
+def test_a_cached_shard_that_the_disk_altered_is_read_again_and_never_used(packed, tmp_path):
+    info = packed.shards[0]
+    cache = ShardCache(str(tmp_path / "cache"), 1 << 24)
+    whole = read_shard(packed.shard_uri(0), info, packed.num_classes, cache)
+    (entry,) = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and info.sha256 in path.name]
+    good = entry.read_bytes()
+    entry.chmod(0o644)
+    entry.write_bytes(good[:3000] + bytes([good[3000] ^ 1]) + good[3001:])
+    again = read_shard(packed.shard_uri(0), info, packed.num_classes, cache)
+    assert again.images == whole.images
+    storage.delete_file(packed.shard_uri(0))  # the bad entry is gone too, so now there is nothing
+    with pytest.raises(storage.MissingError):
+        read_shard(packed.shard_uri(0), info, packed.num_classes, cache)

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from pipeline import storage
-from pipeline.data.sources import SourceError, detect_format
-from pipeline.data.sources.base import Place
+from pipeline.data.sources import SourceError, detect_format, open_source
+from pipeline.data.sources.base import Place, SourceSpec
 from pipeline.data.sources.files import Wanted, class_name, extension, is_beside, read_ahead
 from pipeline.data.sources.folder import FolderSource
 from tests.pipeline.data.sources.reading import opened, pairs, read, uri
@@ -201,7 +201,6 @@ def test_what_lies_beside(name, beside):
         ("3.000000", "3"),
         ("3.", "3"),
         ("+4", "4"),
-        ("-1", "-1"),
         ("-0", "0"),
         ("3.5", "3.5"),
         ("n0007", "n0007"),
@@ -213,4 +212,25 @@ def test_what_lies_beside(name, beside):
     ],
 )
 def test_class_numbers_are_plain_decimal_digits(text, name):
-    assert class_name(text) == name
+    assert class_name(text, "a list") == name
+
+
+def test_a_negative_class_number_means_nobody_and_is_refused():
+    with pytest.raises(SourceError, match=r"a list: line 3: the label is -1: a class number from 0 on"):
+        class_name(" -1", "a list: line 3")
+
+
+def test_links_that_hide_or_multiply_images_are_refused(tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "elsewhere.jpg").write_bytes(jpeg(2))
+    (tmp_path / "set" / "a" / "2.jpg").symlink_to(tmp_path / "elsewhere.jpg")  # a link to a file is one
+    spec = SourceSpec(format="folder", uri=str(tmp_path / "set"))
+    assert len([sample for part in open_source(spec).parts(1 << 30) for sample in part.samples()]) == 2
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "set")
+    with pytest.raises(SourceError, match=r"set/b: a link to a folder"):
+        open_source(spec)
+    (tmp_path / "set" / "b").unlink()
+    (tmp_path / "set" / "a" / "3.jpg").symlink_to(tmp_path / "nothing.jpg")
+    with pytest.raises(SourceError, match=r"a/3\.jpg: neither a file nor a folder, or a link to nothing"):
+        open_source(spec)

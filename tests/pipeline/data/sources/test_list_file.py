@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.data.sources import SourceError, detect_format
 from pipeline.data.sources.list_form import find_form
 from tests.pipeline.data.sources.reading import opened, pairs, read, uri
+from tests.pipeline.data.writers import jpeg
 
 PEOPLE = ["7", "12", "7", "3"]
 
@@ -194,6 +195,20 @@ def test_version_and_description_are_those_of_the_list(tmp_path, images):
     assert source.version() == again.version() != changed.version()
     assert source.describe() == again.describe() != changed.describe()
     assert source.describe()["format"] == "list"
+
+
+def test_an_equal_list_over_other_images_is_another_version(tmp_path):
+    lists = []
+    for name, shift in (("v1", 0), ("v2", 100)):
+        for i in range(3):
+            storage.write_bytes(f"{tmp_path}/{name}/{i}.jpg", jpeg(i + shift))
+        storage.write_bytes(f"{tmp_path}/{name}/list.txt", b"0.jpg a\n1.jpg a\n2.jpg b\n")
+        lists.append(opened("list", f"{tmp_path}/{name}/list.txt"))
+    assert lists[0].describe() == lists[1].describe()
+    assert lists[0].version() != lists[1].version()
+    before = lists[0].version()
+    storage.write_bytes(f"{tmp_path}/v1/0.jpg", jpeg(7))  # aligned anew, in place
+    assert opened("list", f"{tmp_path}/v1/list.txt").version() != before
 
 
 def test_lists_are_recognised_by_their_names(tmp_path, images):

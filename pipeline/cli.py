@@ -19,6 +19,7 @@ from pipeline.console import JobDisplay, closing_table, packed_table
 from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.checks import PackChecks
 from pipeline.data.pack import PackSettings, pack
+from pipeline.data.pack_report import load_report
 from pipeline.data.sources import PACKED, SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
 from pipeline.errors import message, user_error
 from pipeline.graph import run_graph
@@ -102,7 +103,9 @@ def pack_job(arguments: list[str] | None = None) -> int:
         wanted = tyro.cli(PackArguments, args=arguments)
         kind = detect_format(wanted.source) if wanted.format == "auto" else wanted.format
         if kind == PACKED:
-            raise ValueError(f"source={wanted.source!r} is packed already: it has a manifest")
+            raise ValueError(
+                f"source={wanted.source!r} is packed already: take it as --data; --format webdataset packs it again"
+            )
         spec = SourceSpec(
             format=kind,
             uri="" if kind == SYNTHETIC else storage.normalise(wanted.source),
@@ -122,7 +125,7 @@ def pack_job(arguments: list[str] | None = None) -> int:
                 wanted.checks,
                 on_progress=lambda what, done, total: display.update("pack", done, total, what),
             )
-        console.print(packed_table(manifest))
+        console.print(packed_table(manifest, load_report(manifest.uri)))
 
     return run_job(job)
 

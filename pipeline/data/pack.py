@@ -220,7 +220,7 @@ class _Packing:
         return PackReport(
             num_read=sum(samples) + sum(dropped.values()),
             dropped={kind: count for kind, count in sorted(dropped.items()) if count},
-            duplicates_across=sum(found.across for found in duplicates),
+            duplicates_across=sum(found.across for found in duplicates) if duplicates else None,
             duplicate_examples=[pair for found in duplicates for pair in found.examples][:EXAMPLES],
             samples_per_identity=samples,
             fewer_than=self._checks.fewer_than,

@@ -20,7 +20,8 @@ class PackReport:
         num_read: Images of the source.
         dropped: Images that were left out, by reason (``undecodable``, ``wrong-size``, ``near-empty``, ``duplicate``);
             all but duplicates are listed in ``quarantine.jsonl``.
-        duplicates_across: Of the duplicates, those whose first copy belongs to another person: wrong labels.
+        duplicates_across: Of the duplicates, those whose first copy belongs to another person: wrong labels; None where
+            nobody looked (``checks.duplicates`` keep).
         duplicate_examples: Some of those, as (name in the source, name of the first copy).
         samples_per_identity: Images packed of each person, by label.
         fewer_than: The bound of the next two.
@@ -32,7 +33,7 @@ class PackReport:
 
     num_read: int
     dropped: dict[str, int]
-    duplicates_across: int
+    duplicates_across: int | None
     duplicate_examples: list[tuple[str, str]]
     samples_per_identity: list[int]
     fewer_than: int

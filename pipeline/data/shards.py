@@ -87,7 +87,7 @@ def fetch_verified(uri: str, info: ShardInfo) -> bytes:
             return data
     raise ShardError(
         f"{uri}: corrupt{_damaged_bytes(data, info)}: sha256 is {digest}, the manifest says {info.sha256} "
-        f"(read {FETCHES} times)"
+        f"(of the whole file; read {FETCHES} times)"
     )
 
 

@@ -201,7 +201,7 @@ class _Stretch:
 def check_budget(latest: list[Dropped], count: int, checks: PackChecks) -> None:
     """Raise `PackError`, naming the last of ``latest``, if ``count`` bad images are too many."""
     if checks.bad_images == "error" and latest:
-        raise PackError(f"{latest[0].name}: {latest[0].reason}")
+        raise PackError(f"{latest[0].name}: {latest[0].reason} (--checks.bad-images drop leaves such images out)")
     if count > checks.max_bad_images:
         raise PackError(
             f"{latest[-1].name}: {latest[-1].reason}: this is bad image {count}, "

@@ -23,6 +23,8 @@ BESIDE_EXTENSIONS: Final = frozenset((*_TEXTS, *_OTHERS))
 BESIDE_NAMES: Final = frozenset({"readme", "license", "licence", "notice", "copying"})
 
 # Each remote file is a request of tens of milliseconds; a local one takes less than handing it to a thread, hence runs.
+# Of the Mac, and what our own packing leaves beside its shards.
+_BESIDE_FOLDERS: Final = ("__MACOSX", "data_card")
 _NUM_THREADS: Final = 16
 _FILES_PER_RUN: Final = 4
 _MAX_LOOKS: Final = 32
@@ -117,7 +119,7 @@ def extension(name: str) -> str:
 
 def is_beside(name: str) -> bool:
     """Whether a path is a hidden file's (or below a hidden folder), or of a kind that people leave beside images."""
-    if any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")):
+    if any(part in _BESIDE_FOLDERS or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")):
         return True
     end = extension(name)
     return end in BESIDE_EXTENSIONS or (not end and name.rpartition("/")[2].lower() in BESIDE_NAMES)

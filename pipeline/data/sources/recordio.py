@@ -132,7 +132,7 @@ class RecordIOSource:
         if self._num_bytes % 4 or not self._num_bytes:
             raise RecordIOError(
                 f"{self._uri}: it ends within a record at byte {self._num_bytes}: "
-                "a whole file has a multiple of 4 bytes, and some"
+                "the size of a whole file is a multiple of 4 and not 0"
             )
         self._images: _Images | None = None
         self._indexed: dict[str, Any] = {}

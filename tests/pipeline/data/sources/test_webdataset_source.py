@@ -198,3 +198,11 @@ def test_the_version_changes_with_a_shard(tmp_path):
     assert changed.version() != source.version()
     assert changed.describe() == source.describe()
     assert uri(tmp_path) not in str(source.describe())
+
+
+def test_a_set_that_we_packed_is_a_source_again_with_all_that_lies_beside_its_shards(tmp_path):
+    packed_set(tmp_path / "set", (4, 3))
+    for name in ("data_card.md", "data_card/faces.jpg", "quarantine.jsonl", "report.json"):
+        storage.write_bytes(f"{tmp_path}/set/{name}", b"beside")
+    source = opened("webdataset", f"{tmp_path}/set")
+    assert [sample.image for part in source.parts(1) for sample in part.samples()] == [jpeg(i) for i in range(7)]

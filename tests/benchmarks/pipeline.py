@@ -28,10 +28,10 @@ from pipeline import storage
 from pipeline.data.augment import adaface
 from pipeline.data.images import decode_rgb
 from pipeline.data.manifest import Manifest
-from pipeline.data.pack import pack
+from pipeline.data.pack import PackSettings, pack
 from pipeline.data.shards import parse_shard
 from pipeline.data.sources import SourceSpec, SyntheticConfig
-from pipeline.data.stream import BatchAssembler, StreamConfig, StreamPlan, rank_dataset
+from pipeline.data.stream import BatchAssembler, Share, StreamConfig, StreamPlan, rank_dataset
 from pipeline.data.synthetic import SyntheticFaces
 from pipeline.presets import demo
 from pipeline.runtime import ray_session
@@ -63,7 +63,7 @@ def main() -> None:
             format="synthetic",
             synthetic=SyntheticConfig(num_identities=NUM_IDENTITIES, images_per_identity=PER_IDENTITY),
         )
-        manifest = pack(spec, folder, samples_per_shard=512)
+        manifest = pack(spec, folder, PackSettings(samples_per_shard=512))
         packed = manifest.num_samples / (time.perf_counter() - started)
         _one_core(table, manifest)
         table.add_row("pack synthetic faces, all cores", f"{packed:,.0f}", "")
@@ -109,9 +109,10 @@ def _tarfile(data: bytes) -> list[bytes]:
 
 
 def _stream(manifest: Manifest) -> float:
-    plan = StreamPlan(manifest=manifest, config=StreamConfig(), seed=0, batch=BATCH, total_steps=STREAM_STEPS)
-    blocks = rank_dataset(plan, 1, 0, 0, 2.0).iterator().iter_batches(batch_size=None, batch_format="numpy")
-    batches = BatchAssembler(iter(blocks), batch=BATCH, num_streams=16, world_size=1, rank=0)
+    plan = StreamPlan(data=manifest, config=StreamConfig(), seed=0, batch=BATCH, total_steps=STREAM_STEPS)
+    dataset = rank_dataset(plan, 1, 0, 0, Share(2.0, 1 << 30))
+    blocks = dataset.iterator().iter_batches(batch_size=None, batch_format="numpy")
+    batches = BatchAssembler(iter(blocks), BATCH)
     next(batches)  # the start of the execution is not the stream's speed
     started = time.perf_counter()
     count = sum(len(batch.labels) for batch in batches)

@@ -80,10 +80,10 @@ def kill_session(job: subprocess.Popen[bytes], grace_s: float) -> list[str]:
     By itself Ray ends its processes within seconds to a minute of the driver's death; until then tasks go on writing.
     """
     names = list(of_session(job.pid).values())
-    if grace_s:
-        os.kill(job.pid, signal.SIGKILL)
-        time.sleep(grace_s)
-    with suppress(ProcessLookupError):  # the driver is not waited for yet, so that its number is nobody else's
+    if job.poll() is None:  # until it is waited for, its number is nobody else's
+        if grace_s:
+            os.kill(job.pid, signal.SIGKILL)
+            time.sleep(grace_s)
         os.killpg(job.pid, signal.SIGKILL)
     deadline = time.monotonic() + TIMEOUT_S
     while left := of_session(job.pid):
@@ -128,8 +128,8 @@ def run_and_kill(source: SourceSpec, output: Path, target: int, delay_s: float, 
         assert {"raylet", "gcs_server"} <= set(names), names
     staging = output / ".packing"
     return Killed(
-        parts=len(list(staging.glob("parts/*.json"))),
-        noted=len(list(staging.glob("shards/*.json"))),
+        parts=len(list(staging.glob("*/parts/*.json"))),
+        noted=len(list(staging.glob("*/shards/*.json"))),
         shards=len(list(output.glob("shard-*.tar"))),
         finished=(output / "manifest.json").exists(),
         returncode=job.returncode,
@@ -184,6 +184,7 @@ def kill_at_random(source: SourceSpec, output: Path, rng: random.Random, *, driv
     return killed
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_packing_goes_on_to_the_same_bytes(tmp_path, source, reference, ray_cluster):
     seed = int.from_bytes(os.urandom(4), "big")

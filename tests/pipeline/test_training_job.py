@@ -222,9 +222,7 @@ def test_a_run_is_not_started_twice_at_once(first, place):
 def _damaged(first: dict, place: Path, name: str, damage) -> str:
     """A copy of the packed data with one damaged shard; gives its folder."""
     source, target = storage.local_path(first["data"].uri), place / name
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(source, target)
     shard = target / Manifest.load(str(target)).shards[1].name
     shard.write_bytes(damage(shard.read_bytes()))
     return str(target)
@@ -237,7 +235,7 @@ def _flip(data: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "damage", "text"),
-    [("truncated", lambda data: data[: len(data) // 2], "truncated"), ("flipped", _flip, "corrupt: sha256")],
+    [("truncated", lambda data: data[: len(data) // 2], "truncated"), ("flipped", _flip, "corrupt, bytes 0 to")],
 )
 def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, name, damage, text):
     data = _damaged(first, place, name, damage)
@@ -254,7 +252,7 @@ def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, na
     ("change", "text"),
     [
         ({"data": "nowhere/at-all"}, "nowhere/at-all: does not exist"),
-        ({"data": "{place}/shards-only"}, "manifest.json"),
+        ({"data": "{place}/shards-only"}, "shard-000000.tar"),
         ({"benchmarks": "{place}/nothing"}, "nothing"),
     ],
 )

@@ -6,8 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Final, Literal, cast
+from dataclasses import asdict, replace
+from typing import Any, Final, cast
 
 import tyro
 from rich.console import Console
@@ -15,12 +15,9 @@ from rich.console import Console
 from lgaf.models import NETWORKS
 from pipeline import storage
 from pipeline.config import TrainConfig, recipe, recipe_of
-from pipeline.console import JobDisplay, closing_table, packed_table
+from pipeline.console import JobDisplay, closing_table
 from pipeline.data.benchmarks import find_verification_sets
-from pipeline.data.checks import PackChecks
-from pipeline.data.pack import PackSettings, pack
-from pipeline.data.pack_report import load_report
-from pipeline.data.sources import PACKED, SYNTHETIC, SourceSpec, SyntheticConfig, detect_format
+from pipeline.data.sources import SYNTHETIC, detect_format
 from pipeline.errors import message, user_error
 from pipeline.graph import run_graph
 from pipeline.runtime import ray_session
@@ -73,61 +70,6 @@ def _with_network(preset: TrainConfig, arguments: list[str]) -> TrainConfig:
     if name == preset.network or name not in NETWORKS:  # a wrong name is told with all other mistakes
         return preset
     return replace(preset, network=cast("Any", name), model=cast("Any", NETWORKS[name]()))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackArguments:
-    """Pack a face data set into verified WebDataset shards with a manifest."""
-
-    source: str
-    """Place of the source (a folder or a file), or the word synthetic."""
-    output: str
-    """Folder or URI for the shards and their manifest."""
-    format: Literal["auto", "recordio", "webdataset", "archives", "tables", "list", "folder", "synthetic"] = "auto"
-    """Kind of the source; auto: what lies there tells."""
-    settings: Annotated[PackSettings, tyro.conf.arg(name="")] = field(default_factory=PackSettings)
-    checks: PackChecks = field(default_factory=PackChecks)
-    image_column: str = ""
-    """Of tables (Parquet, Arrow): the column of encoded images; empty: found by its usual names."""
-    label_column: str = ""
-    """Of tables: the column that says who it is; empty: found by its usual names."""
-    root: str = ""
-    """Of list files: what their paths are relative to; empty: the folder of the list."""
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-
-
-def pack_job(arguments: list[str] | None = None) -> int:
-    """Entry point of the packing job."""
-
-    def job() -> None:
-        wanted = tyro.cli(PackArguments, args=arguments)
-        kind = detect_format(wanted.source) if wanted.format == "auto" else wanted.format
-        if kind == PACKED:
-            raise ValueError(
-                f"source={wanted.source!r} is packed already: take it as --data; --format webdataset packs it again"
-            )
-        spec = SourceSpec(
-            format=kind,
-            uri="" if kind == SYNTHETIC else storage.normalise(wanted.source),
-            image_column=wanted.image_column,
-            label_column=wanted.label_column,
-            root=wanted.root,
-            seed=wanted.settings.seed,
-            synthetic=wanted.synthetic,
-        )
-        console = Console()
-        with ray_session(), JobDisplay(console) as display:
-            display.stage("pack", False)
-            manifest = pack(
-                spec,
-                wanted.output,
-                wanted.settings,
-                wanted.checks,
-                on_progress=lambda what, done, total: display.update("pack", done, total, what),
-            )
-        console.print(packed_table(manifest, load_report(manifest.uri)))
-
-    return run_job(job)
 
 
 def run_training(config: TrainConfig) -> dict[str, Any]:

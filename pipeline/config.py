@@ -20,7 +20,7 @@ from lgaf.step import Precision
 from pipeline.data.order import check_batch
 from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD
 from pipeline.data.sources import SYNTHETIC, SyntheticConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.stream_plan import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 
 MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]

@@ -13,9 +13,6 @@ from rich.table import Table
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.benchmarks import BENCHMARKS
-from pipeline.data.card import NAME as CARD
-from pipeline.data.manifest import Manifest
-from pipeline.data.pack_report import QUARANTINE, PackReport
 from pipeline.stages import REPORT, RunPlace
 from pipeline.training.metrics_log import NAME as METRICS
 
@@ -103,26 +100,4 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
     table.add_row("registry", f"{registered.model_name} version {registered.version}: {verdict}")
     table.add_row("champion", f"version {registered.champion_version}")
     table.add_row("why", " ".join(registered.decision.reasons))
-    return table
-
-
-def packed_table(manifest: Manifest, report: PackReport | None) -> Table:
-    """What was packed, what was left out, and where it all is."""
-    table = Table(title="Packed data set", show_header=False, title_justify="left", min_width=80)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    rows = {
-        "folder": manifest.uri,
-        "samples": f"{manifest.num_samples:,}",
-        "people": f"{manifest.num_classes:,}",
-        "shards": f"{len(manifest.shards)} ({sum(shard.num_bytes for shard in manifest.shards):,} bytes)",
-        "fingerprint": manifest.fingerprint,
-    }
-    if report is not None:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.dropped.items())
-        rows["left out"] = f"{kinds}; see {QUARANTINE}" if kinds else "nothing"
-        rows["few images"] = f"{report.num_few:,} people have fewer than {report.fewer_than:,}"
-        rows["data card"] = storage.join(manifest.uri, CARD)
-    for name, value in rows.items():
-        table.add_row(name, value)
     return table

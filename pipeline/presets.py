@@ -7,7 +7,7 @@ from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from pipeline.config import HeadConfig, PackConfig, TrackingConfig, TrainConfig, WorkersConfig
 from pipeline.data.sources import SyntheticConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.stream_plan import StreamConfig
 
 
 def demo() -> TrainConfig:

@@ -3,7 +3,7 @@
 It checks every signature, keeps its objects as plain files and listens on the loopback address alone. Swift lives in an
 environment of its own, made on the first start (about 12 s, from PyPI) and kept for all later ones.
 
-    python infra/local/s3_server.py --root /tmp/s3 --port 9000 --bucket faces
+    python infra/local/s3_server.py --root DIR --port 9000 --bucket faces
 
 prints the variables to export and runs until it is stopped. For tests and laptops: one disk, one copy, no TLS.
 """

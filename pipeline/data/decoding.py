@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from pipeline.data.augment import AUGMENTATIONS
 from pipeline.data.images import decode_into
 from pipeline.data.quarantine import BadImage, Quarantine
 from pipeline.data.shards import Shard, ShardError
+from pipeline.data.stream_plan import StreamPlan
 
 
 class Decoder:
@@ -27,7 +27,7 @@ class Decoder:
         quarantine: Where bad images go; without one, the first is an error.
     """
 
-    def __init__(self, plan: Any, quarantine: Quarantine | None = None) -> None:
+    def __init__(self, plan: StreamPlan, quarantine: Quarantine | None = None) -> None:
         self._source, self._seed, self._offsets = plan.shard_source(), plan.seed, plan.data.offsets
         self._side, self._resize = plan.data.image_side, plan.config.wrong_size == "resize"
         self._augment = AUGMENTATIONS[plan.config.augmentation]

@@ -15,7 +15,7 @@ stretches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -96,22 +96,21 @@ def epoch_order(data: DataSet, seed: int, epoch: int, num_streams: int) -> Epoch
         raise ValueError(f"num_streams={num_streams} must be at least 1")
     sizes = tuple(shard.num_samples for shard in data.shards)
     segments: list[Segment] = []
-    first = 0
-    for member, (num_shards, weight) in enumerate(data.members):
-        count = lap_samples(sizes[first : first + num_shards], weight)
-        segments += _laps(
-            sizes, range(first, first + num_shards), member, seed, range(epoch * count, (epoch + 1) * count)
-        )
-        first += num_shards
+    for member, (shards, count) in enumerate(_members(data)):
+        segments += _laps(sizes, shards, member, seed, range(epoch * count, (epoch + 1) * count))
     if len(data.members) > 1:
         mixed = np.random.default_rng((seed, epoch, len(data.members))).permutation(len(segments))
         segments = [segments[place] for place in mixed]
     return EpochOrder(segments=tuple(segments), shard_sizes=sizes, seed=seed, num_streams=num_streams)
 
 
-def lap_samples(sizes: Sequence[int], weight: float) -> int:
-    """Samples that an epoch takes of a set with shards of these sizes, at least one."""
-    return max(1, round(sum(sizes) * weight))
+def _members(data: DataSet) -> Iterator[tuple[range, int]]:
+    """The shards of each set, and how many samples an epoch takes of it: at least one."""
+    first = 0
+    for num_shards, weight in data.members:
+        shards = range(first, first + num_shards)
+        yield shards, max(1, round(sum(data.shards[shard].num_samples for shard in shards) * weight))
+        first = shards.stop
 
 
 def _laps(sizes: tuple[int, ...], shards: range, member: int, seed: int, wanted: range) -> list[Segment]:
@@ -203,9 +202,4 @@ def steps_per_epoch(data: DataSet, batch: int) -> int:
 
 def epoch_samples(data: DataSet) -> int:
     """Samples of an epoch, before what is less than a batch is left out."""
-    sizes = [shard.num_samples for shard in data.shards]
-    total, first = 0, 0
-    for num_shards, weight in data.members:
-        total += lap_samples(sizes[first : first + num_shards], weight)
-        first += num_shards
-    return total
+    return sum(count for _, count in _members(data))

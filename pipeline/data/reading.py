@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.data.shard_source import ShardSource
 from pipeline.data.shards import Shard
+from pipeline.data.stream_plan import StreamPlan
 
 # Requests to a store that wait at the same time; the start of a run needs a shard of every stream at once.
 READ_THREADS: Final = 8
@@ -49,7 +50,7 @@ class PlanReader:
     Stateless but for speed: what it gives for a chunk depends on the plan alone, so a restarted actor goes on.
     """
 
-    def __init__(self, plan: Any, world_size: int, rank: int, start_step: int) -> None:
+    def __init__(self, plan: StreamPlan, world_size: int, rank: int, start_step: int) -> None:
         self._plan, self._world_size, self._rank, self._start_step = plan, world_size, rank, start_step
         self._shards = OpenShards(plan.shard_source())
 

@@ -21,7 +21,8 @@ from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.order import rank_slots
-from pipeline.data.stream import TRAIN, BatchAssembler, StreamPlan, TrainBatch
+from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
+from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink

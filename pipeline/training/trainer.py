@@ -21,7 +21,8 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.quarantine import NAME as QUARANTINE
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.stream import TRAIN, PlannedDataConfig, StreamPlan
+from pipeline.data.stream import TRAIN, PlannedDataConfig
+from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import read_model_info
 from pipeline.runtime import is_on_cluster
 from pipeline.training.checkpoint import MARKER, checkpoint_uri, latest_step

@@ -19,7 +19,8 @@ from pipeline.data.images import decode_into
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.shards import Shard, read_shard
-from pipeline.data.stream import BatchAssembler, Share, StreamConfig, StreamPlan, TrainBatch, rank_dataset
+from pipeline.data.stream import BatchAssembler, Share, TrainBatch, rank_dataset
+from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from tests.benchmarks.data_measure import Measurement, check_labels, describe
 from tests.benchmarks.data_set import DataSet
 

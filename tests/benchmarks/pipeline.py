@@ -31,7 +31,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.pack import PackSettings, pack
 from pipeline.data.shards import parse_shard
 from pipeline.data.sources import SourceSpec, SyntheticConfig
-from pipeline.data.stream import BatchAssembler, Share, StreamConfig, StreamPlan, rank_dataset
+from pipeline.data.stream import BatchAssembler, Share, rank_dataset
+from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from pipeline.data.synthetic import SyntheticFaces
 from pipeline.presets import demo
 from pipeline.runtime import ray_session

@@ -348,13 +348,6 @@ def test_a_mistake_on_the_real_command_line(processes):
     assert "Traceback" not in out + err
 
 
-def test_packing_what_is_not_there_names_it(tmp_path, capsys, no_start):
-    missing = tmp_path / "faces"
-    assert cli.pack_job(["--source", str(missing), "--output", str(tmp_path / "out")]) == 1
-    assert f"{missing}: does not exist" in capsys.readouterr().err.replace("\n", "")
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_preset_decides_the_defaults(no_start, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "run_training", seen.append)

@@ -18,7 +18,7 @@ from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from pipeline import presets
 from pipeline.config import HeadConfig, PackConfig, TrainConfig, WorkersConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.stream_plan import StreamConfig
 from pipeline.storage import plain_json
 
 PRESETS = {

@@ -23,7 +23,7 @@ from pipeline.config import PackConfig, TrackingConfig, TrainConfig, WorkersConf
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import epoch_order, plan
 from pipeline.data.sources import SyntheticConfig
-from pipeline.data.stream import StreamConfig
+from pipeline.data.stream_plan import StreamConfig
 from pipeline.model_store import load_model
 from pipeline.presets import demo
 from pipeline.tracking.registry import champion

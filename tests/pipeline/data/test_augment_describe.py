@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.data.augment import AUGMENTATIONS, describe
 from pipeline.data.augment.__main__ import main
-from pipeline.data.stream import StreamConfig
+from pipeline.data.stream_plan import StreamConfig
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "augmentation.md").read_text()

@@ -16,7 +16,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.quarantine import BadImage, Quarantine
 from pipeline.data.shards import ShardError, read_shard
 from pipeline.data.sources import SourceError, SourceSpec, open_source
-from pipeline.data.stream import StreamConfig, StreamPlan
+from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from pipeline.data.ustar import TarError, members
 from tests.pipeline.data.writers import jpeg, label_of, packed_set, shard_info
 

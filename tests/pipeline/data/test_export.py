@@ -18,7 +18,7 @@ from pipeline.data.export import export_recordio
 from pipeline.data.manifest import Manifest, ManifestError
 from pipeline.data.recordio import RecordIOReader, image_keys
 from pipeline.data.shards import ShardError
-from pipeline.export_cli import export_job
+from pipeline.packing_cli import export_job
 from tests.conftest import ROOT
 from tests.pipeline.data.writers import jpeg, label_of, packed_set, shard_info, tar_bytes
 

@@ -21,7 +21,8 @@ from pipeline.data.order import rank_slots
 from pipeline.data.quarantine import Quarantine, read_quarantine
 from pipeline.data.reading import PlanReader
 from pipeline.data.shards import ShardError
-from pipeline.data.stream import BatchAssembler, PlannedDataConfig, Share, StreamConfig, StreamPlan, rank_dataset
+from pipeline.data.stream import BatchAssembler, PlannedDataConfig, Share, rank_dataset
+from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from tests.pipeline.data.writers import jpeg, label_of, packed_set
 
 SIZES = (9, 14, 11, 6, 12)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.data.stream import StreamConfig, StreamPlan
+from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from tests.conftest import ROOT
 from tests.pipeline.data.writers import packed_set
 

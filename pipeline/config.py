@@ -17,8 +17,8 @@ from lgaf.models.peers import CQAFaceConfig, HPDAConfig, LSCNNConfig, TransFaceC
 from lgaf.optim import SGDConfig
 from lgaf.schedule import StepSchedule
 from lgaf.step import Precision
+from pipeline.data.manifest import DEFAULT_SAMPLES_PER_SHARD
 from pipeline.data.order import check_batch
-from pipeline.data.pack import DEFAULT_SAMPLES_PER_SHARD
 from pipeline.data.sources import SYNTHETIC, SyntheticConfig
 from pipeline.data.stream_plan import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy

@@ -25,7 +25,7 @@ from pipeline.model_store import CONFIG
 from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
 from pipeline.tracking import runs
-from pipeline.training.checkpoint import latest_step
+from pipeline.training.commits import latest_step
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.trainer import TrainedModel, stream_plan, train
 

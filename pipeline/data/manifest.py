@@ -12,6 +12,7 @@ from pipeline import storage
 
 NAME: Final = "manifest.json"
 FORMAT_VERSION: Final = 2
+DEFAULT_SAMPLES_PER_SHARD: Final = 2048
 
 
 class ManifestError(ValueError):

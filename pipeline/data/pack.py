@@ -30,7 +30,7 @@ from pipeline import storage
 from pipeline.data.card import write_card
 from pipeline.data.checks import ImageStatistics, PackChecks
 from pipeline.data.gather import Duplicates, DuplicateTask, GatherTask, Spills, find_duplicates, write_shards
-from pipeline.data.manifest import FORMAT_VERSION, Manifest, ShardInfo
+from pipeline.data.manifest import DEFAULT_SAMPLES_PER_SHARD, FORMAT_VERSION, Manifest, ShardInfo
 from pipeline.data.pack_report import QUARANTINE, PackReport
 from pipeline.data.sources import Source, SourceSpec, open_source
 from pipeline.data.sources.base import Part, cut
@@ -38,7 +38,6 @@ from pipeline.data.spill import PackError, Spill, SpillTask, check_budget, spill
 from pipeline.data.staging import Staging
 from pipeline.runtime import map_tasks
 
-DEFAULT_SAMPLES_PER_SHARD: Final = 2048
 DEFAULT_MEMORY_MIB: Final = 256
 IMAGE_SIDE: Final = 112
 MAX_BUCKETS: Final = 4096

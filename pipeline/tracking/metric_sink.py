@@ -9,10 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 
-from mlflow.entities import Metric
-
 from pipeline.tracking import metric_names
-from pipeline.tracking.store import client
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +32,9 @@ _NOT_FROM_THE_SINK = _NotFromTheSink()
 
 def last_logged_step(tracking_uri: str, run_id: str, key: str = metric_names.LOSS) -> int:
     """The last step that the store has of a metric, -1 if none."""
+    # Here and below: every training worker loads this module, one of them sends, and MLflow takes a second to load.
+    from pipeline.tracking.store import client
+
     # The history is read whole (3 s for 100,000 steps in sqlite); the run itself carries the last value of each key.
     metrics = client(tracking_uri).get_run(run_id).data.to_proto().metrics
     return max((int(metric.step) for metric in metrics if metric.key == key), default=-1)
@@ -123,6 +123,10 @@ class MetricSink:
 
     def _try_to_send(self) -> bool:
         try:
+            from mlflow.entities import Metric
+
+            from pipeline.tracking.store import client
+
             if self._start_after is None:
                 self._skip_stored(last_logged_step(self._tracking_uri, self._run_id))
             while batch := self._next_batch():

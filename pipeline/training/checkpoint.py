@@ -1,15 +1,13 @@
 """Checkpoints of a run: written by any number of workers, read by any other.
 
-A checkpoint is a folder of `torch.distributed.checkpoint` files. It counts from the moment its marker is there, which
-is written last: a folder without one is what a kill left behind.
+A checkpoint is a folder of `torch.distributed.checkpoint` files; see `pipeline.training.commits` for when it counts.
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,26 +20,7 @@ from lgaf.distributed import rank_in
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
-
-MARKER: Final = "COMMITTED.json"
-_FOLDER = re.compile(r"checkpoints/step_(\d+)/")
-
-
-def checkpoint_uri(run_uri: str, step: int) -> str:
-    """Folder of the checkpoint after ``step`` steps."""
-    return storage.join(run_uri, "checkpoints", f"step_{step:08d}")
-
-
-def committed_steps(run_uri: str) -> list[int]:
-    """Steps done at each committed checkpoint, rising."""
-    files = storage.list_files(storage.join(run_uri, "checkpoints"))
-    found = [_FOLDER.search(info.uri) for info in files if info.uri.endswith(f"/{MARKER}")]
-    return sorted(int(match.group(1)) for match in found if match)
-
-
-def latest_step(run_uri: str) -> int:
-    """Steps done at the newest committed checkpoint; 0 where there is none."""
-    return max(committed_steps(run_uri), default=0)
+from pipeline.training.commits import MARKER, checkpoint_uri, prune
 
 
 def save_checkpoint(run_uri: str, train_step: TrainStep, details: dict[str, Any], keep: int) -> None:
@@ -76,7 +55,7 @@ def save_checkpoint(run_uri: str, train_step: TrainStep, details: dict[str, Any]
         _barrier(train_step)
     if rank == 0:
         storage.write_json(storage.join(uri, MARKER), details | {"step": train_step.num_steps_done})
-        _prune(run_uri, keep)
+        prune(run_uri, keep)
 
 
 def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
@@ -107,11 +86,3 @@ def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
 def _barrier(train_step: TrainStep) -> None:
     if train_step.group is not None:
         dist.barrier(group=train_step.group)
-
-
-def _prune(run_uri: str, keep: int) -> None:
-    kept = set(committed_steps(run_uri)[-keep:])
-    files = storage.list_files(storage.join(run_uri, "checkpoints"))
-    present = {int(match.group(1)) for info in files if (match := _FOLDER.search(info.uri))}
-    for step in present - kept:
-        storage.delete_tree(checkpoint_uri(run_uri, step))

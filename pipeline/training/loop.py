@@ -26,7 +26,8 @@ from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
-from pipeline.training.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
+from pipeline.training.commits import latest_step
 from pipeline.training.failure import DivergedError, record_fatal
 from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,8 +24,8 @@ from pipeline.data.stream import TRAIN, PlannedDataConfig
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import read_model_info
 from pipeline.runtime import is_on_cluster
-from pipeline.training.checkpoint import MARKER, checkpoint_uri, latest_step
-from pipeline.training.failure import clear_fatal, fatal_message, raise_fatal
+from pipeline.training.commits import MARKER, checkpoint_uri, latest_step, placeholder_dataset
+from pipeline.training.failure import clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
 
@@ -175,17 +174,9 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
         ),
         # Asked again on every restart of the group: there a noted fatal error ends the run.
-        datasets={TRAIN: functools.partial(_shard_listing, spec.run_uri)},
+        datasets={TRAIN: functools.partial(placeholder_dataset, spec.run_uri)},
         dataset_config=PlannedDataConfig(spec.plan, functools.partial(latest_step, spec.run_uri), reserved, quarantine),
     )
-
-
-def _shard_listing(run_uri: str) -> Any:
-    """What Ray Train takes as the data set; `PlannedDataConfig` replaces it by the ranks' read plans."""
-    noted = fatal_message(run_uri)
-    if noted is not None:
-        raise RuntimeError(noted)
-    return ray.data.range(1)
 
 
 def _watch(board: Any, total: int, on_progress: OnProgress | None, finished: threading.Event) -> None:

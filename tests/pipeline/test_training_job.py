@@ -27,7 +27,7 @@ from pipeline.data.stream_plan import StreamConfig
 from pipeline.model_store import load_model
 from pipeline.presets import demo
 from pipeline.tracking.registry import champion
-from pipeline.training.checkpoint import committed_steps
+from pipeline.training.commits import committed_steps
 from pipeline.training.metrics_log import read_metrics
 from tests.conftest import ROOT
 
@@ -88,29 +88,38 @@ def test_every_step_has_its_line_and_the_planned_samples(first, place):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_one_worker_trains_on_the_same_global_batches(first, place):
-    elsewhere = dataclasses.replace(SMALL.tracking, model_name="one-worker")
-    # Nor does it matter what the head does with them.
+@pytest.fixture(scope="module")
+def twin(place) -> TrainConfig:
+    """Of a short run with one worker, and with a head that does otherwise."""
     head = dataclasses.replace(
         SMALL.head, sample_rate=0.5, precision="bfloat16", memory_budget_mib=1, update="backward"
     )
-    config = dataclasses.replace(SMALL, storage=str(place), run_name="one-worker", num_workers=1, head=head)
-    _run(dataclasses.replace(config, tracking=elsewhere))
-    ours, theirs = read_metrics(str(place / "one-worker")), read_metrics(str(place / "two-workers"))
-    assert [line["samples_digest"] for line in ours] == [line["samples_digest"] for line in theirs]
+    tracking = dataclasses.replace(SMALL.tracking, model_name="twins")
+    return dataclasses.replace(
+        SMALL, storage=str(place), run_name="twin-one", tracking=tracking, epochs=1, num_workers=1, head=head
+    )
 
 
-def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(first, place):
-    config = dataclasses.replace(SMALL, storage=str(place), run_name="not-exported", epochs=1)
-    config = dataclasses.replace(config, tracking=dataclasses.replace(SMALL.tracking, model_name="not-exported"))
-    whole = _run(config)
-    lines = read_metrics(str(place / "not-exported"))
-    shutil.rmtree(place / "not-exported" / "model")
-    (place / "not-exported" / "stages" / "train.json").unlink()
-    again = _run(config)
-    assert again["train"].fingerprint == whole["train"].fingerprint
-    assert again["register"].version == whole["register"].version
-    assert read_metrics(str(place / "not-exported")) == lines
+@pytest.fixture(scope="module")
+def alone(first, twin) -> dict:
+    """That run, on the data of the first."""
+    return _run(twin)
+
+
+def test_one_worker_trains_on_the_same_global_batches(first, alone, place):
+    ours, theirs = read_metrics(str(place / "twin-one")), read_metrics(str(place / "two-workers"))
+    assert len(ours) == NUM_STEPS // 3
+    assert [line["samples_digest"] for line in ours] == [line["samples_digest"] for line in theirs[: len(ours)]]
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(alone, twin, place):
+    lines = read_metrics(str(place / "twin-one"))
+    shutil.rmtree(place / "twin-one" / "model")
+    (place / "twin-one" / "stages" / "train.json").unlink()
+    again = _run(twin)
+    assert again["train"].fingerprint == alone["train"].fingerprint
+    assert again["register"].version == alone["register"].version
+    assert read_metrics(str(place / "twin-one")) == lines
 
 
 def test_the_same_command_again_does_nothing_twice(first, place):
@@ -152,21 +161,27 @@ def test_the_first_version_is_champion_and_serves_the_trained_model(first, place
     assert report["model_fingerprint"] == best.tags["model_fingerprint"] == first["train"].fingerprint
 
 
-def test_a_model_that_is_not_better_is_not_promoted(first, place):
-    tracking = dataclasses.replace(SMALL.tracking, model_name="twins")
-    twin = dataclasses.replace(SMALL, storage=str(place), tracking=tracking, epochs=1, num_workers=1)
-    one = _run(dataclasses.replace(twin, run_name="twin-one"))
-    assert one["register"].decision.promote
-    # The same model again, on other benchmarks than the champion was scored on: it is scored on them now.
+@pytest.fixture(scope="module")
+def other_twin(first, alone, twin, place) -> tuple[TrainConfig, dict]:
+    """The same run again, on a copy of the data and other benchmarks; with its configuration."""
+    copy = place / "repacked"
+    shutil.copytree(storage.local_path(first["data"].uri), copy)
     pack = dataclasses.replace(SMALL.pack, benchmark_pairs=30)
-    two = _run(dataclasses.replace(twin, run_name="twin-two", pack=pack))
-    assert two["train"].fingerprint == one["train"].fingerprint
+    config = dataclasses.replace(twin, run_name="twin-two", data=str(copy), pack=pack)
+    return config, _run(config)
+
+
+def test_a_model_that_is_not_better_is_not_promoted(alone, other_twin, place):
+    assert alone["register"].decision.promote
+    # On other benchmarks than the champion was scored on: it is scored on them now.
+    _, two = other_twin
+    assert two["train"].fingerprint == alone["train"].fingerprint
     decision = two["register"].decision
     assert not decision.promote
     assert decision.p_value == 1.0
     assert [difference.num_pairs for difference in decision.differences] == [30, 30, 30]
     assert all(d.champion_accuracy == d.candidate_accuracy for d in decision.differences)
-    assert champion(_store(place), "twins").version == one["register"].version
+    assert champion(_store(place), "twins").version == alone["register"].version
 
 
 def test_another_recipe_under_the_same_name_is_refused(first, place):
@@ -174,23 +189,16 @@ def test_another_recipe_under_the_same_name_is_refused(first, place):
         _run(dataclasses.replace(SMALL, storage=str(place), run_name="two-workers", epochs=4))
 
 
-def test_data_packed_again_at_the_same_place_is_not_mixed_in(first, place, capfd):
-    copy = place / "repacked"
-    shutil.copytree(storage.local_path(first["data"].uri), copy)
-    elsewhere = dataclasses.replace(SMALL.tracking, model_name="repacked")
-    config = dataclasses.replace(
-        SMALL, storage=str(place), run_name="repacked-run", data=str(copy), epochs=1, tracking=elsewhere
-    )
-    _run(config)
-    manifest = Manifest.load(str(copy))
-    dataclasses.replace(manifest, seed=99).save()
+def test_data_packed_again_at_the_same_place_is_not_mixed_in(other_twin, capfd):
+    config, _ = other_twin
+    dataclasses.replace(Manifest.load(config.data), seed=99).save()
     assert cli.run_job(lambda: _run(config)) == 1
     assert "take another run_name" in capfd.readouterr().err.replace("\n", " ")
 
 
 def test_a_diverged_run_stops_at_once_and_says_so(first, place, capfd):
     wild = dataclasses.replace(SMALL.optimizer, learning_rate=1e30)
-    config = dataclasses.replace(SMALL, storage=str(place), run_name="wild", optimizer=wild)
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="wild", optimizer=wild, num_workers=1)
     assert cli.run_job(lambda: _run(config)) == 1
     errors = capfd.readouterr().err.replace("\n", " ")
     assert "the run diverged; lower optimizer.learning_rate" in errors
@@ -219,33 +227,23 @@ def test_a_run_is_not_started_twice_at_once(first, place):
         holder.wait()
 
 
-def _damaged(first: dict, place: Path, name: str, damage) -> str:
-    """A copy of the packed data with one damaged shard; gives its folder."""
-    source, target = storage.local_path(first["data"].uri), place / name
-    shutil.copytree(source, target)
-    shard = target / Manifest.load(str(target)).shards[1].name
-    shard.write_bytes(damage(shard.read_bytes()))
-    return str(target)
-
-
 def _flip(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "text"),
-    [("truncated", lambda data: data[: len(data) // 2], "truncated"), ("flipped", _flip, "corrupt, bytes 0 to")],
-)
-def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, name, damage, text):
-    data = _damaged(first, place, name, damage)
-    config = dataclasses.replace(SMALL, storage=str(place), run_name=f"on-{name}", data=data)
+def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd):
+    data = place / "damaged"
+    shutil.copytree(storage.local_path(first["data"].uri), data)
+    shard = data / Manifest.load(str(data)).shards[1].name
+    shard.write_bytes(_flip(shard.read_bytes()))
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="on-damaged", data=str(data))
     code = cli.run_job(lambda: _run(config))
     errors = capfd.readouterr().err
     assert code == 1
-    assert f"{name}/shard-000001.tar: {text}" in errors.replace("\n", "")
+    assert "damaged/shard-000001.tar: corrupt, bytes 0 to" in errors.replace("\n", "")
     assert "Traceback" not in errors
-    assert committed_steps(str(place / f"on-{name}")) == []
+    assert committed_steps(str(place / "on-damaged")) == []
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,8 @@ from lgaf.schedule import StepSchedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
-from pipeline.training.checkpoint import (
-    MARKER,
-    checkpoint_uri,
-    committed_steps,
-    latest_step,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
+from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step
 from tests.distributed import run_distributed
 
 WRITERS = {1: 7, 2: 7, 3: 7, 4: 5}  # ranks that write -> classes: uneven shards, and a rank without any (5 over 4)

@@ -276,6 +276,7 @@ def test_a_killed_driver_resumes_and_no_step_is_lost_or_doubled(tmp_path):
     command += ["--pack.samples-per-shard", "20", "--pack.synthetic.num-identities", "8"]
     command += ["--pack.synthetic.images-per-identity", "17", "--pack.benchmark-pairs", "40"]
     command += ["--stream.block-rows", "16", "--workers.checkpoint-every-steps", "5", "--workers.log-every-steps", "1"]
+    command += ["--num-workers", "1"]
     run_uri = str(tmp_path / "killed")
     log = (tmp_path / "log").open("w")
     driver = subprocess.Popen(command, stdout=log, stderr=log)

@@ -26,7 +26,7 @@ class StreamConfig:
     this many encoded ones over all ranks, or one a rank where there are more ranks than streams."""
     augmentation: str = "adaface"
     """Recipe: see docs/augmentation.md."""
-    block_rows: int = 512
+    block_rows: int = 1024
     """Images that an actor decodes in one call."""
     max_bad_images: int = 100
     """Images of a run that may turn out undecodable before it ends; they are listed in quarantine.jsonl."""

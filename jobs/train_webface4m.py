@@ -5,7 +5,7 @@
 """
 
 from pipeline.cli import train_job
-from pipeline.presets import webface4m
+from pipeline.presets import webface4m_r100_arcface
 
 if __name__ == "__main__":
-    raise SystemExit(train_job(webface4m()))
+    raise SystemExit(train_job(webface4m_r100_arcface()))

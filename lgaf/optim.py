@@ -1,126 +1,84 @@
-"""SGD as the face-recognition recipes use it, also on a sample of rows, also within the backward pass."""
+"""The optimizers of the face-recognition recipes, also within the backward pass; clipping over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
 
-from lgaf.config import require_in_range, require_positive
+from lgaf.config import require_choice, require_in_range, require_positive
 from lgaf.distributed import all_reduce_sum
+from lgaf.sampled_optim import RowRule, SampledAdamW, SampledOptimizer, SampledSGD, in_order
 
 if TYPE_CHECKING:
     from lgaf.heads.sharded import ShardedMarginHead
 
-# Rows of a sparse gradient that are moved together; bounds the copies.
-ROWS_AT_ONCE: Final = 16_384
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SGDConfig:
-    """Momentum SGD; decay on matrices and kernels only, not on norms and biases (as AdaFace)."""
+class OptimizerConfig:
+    """The optimizer; weight decay on matrices and kernels only, not on norms and biases (as AdaFace).
 
+    Attributes:
+        kind: "sgd": momentum SGD, the recipe of all convolutional networks here. "adamw": for transformers.
+        learning_rate: Peak rate; `Schedule` says how it runs.
+        momentum: Of "sgd".
+        beta1: Of "adamw": factor of the first moment.
+        beta2: Of "adamw": factor of the second moment.
+        epsilon: Of "adamw".
+        weight_decay: Times the learning rate, subtracted each step as a share of the weight.
+        max_norm: The gradient of everything together is scaled down to this norm; 0: it is not. (insightface and
+            CVLface: 5; AdaFace: none.)
+        reference_batch: Global batch that ``learning_rate`` is meant for: with another one the rate is scaled in
+            proportion (https://arxiv.org/abs/1706.02677). 0: the rate stands as it is.
+    """
+
+    kind: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
     weight_decay: float = 5e-4
+    max_norm: float = 0.0
+    reference_batch: int = 0
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        require_choice("optimizer.kind", self.kind, ("sgd", "adamw"))
         require_positive("optimizer.learning_rate", self.learning_rate)
-        require_in_range("optimizer.momentum", self.momentum, 0.0, 0.9999)
+        for name in ("momentum", "beta1", "beta2"):
+            require_in_range(f"optimizer.{name}", getattr(self, name), 0.0, 0.9999)
+        require_positive("optimizer.epsilon", self.epsilon)
         require_in_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
+        require_in_range("optimizer.max_norm", self.max_norm, 0.0, 1e9)
+        require_in_range("optimizer.reference_batch", self.reference_batch, 0, 1 << 30)
 
-    def build(self, modules: Iterable[nn.Module]) -> SampledSGD:
-        """One optimizer over the parameters of several modules, its momentum buffers present from the start.
+    def learning_rate_for(self, batch: int) -> float:
+        """Peak learning rate with a global batch of this size."""
+        return self.learning_rate * (batch / self.reference_batch if self.reference_batch else 1.0)
 
-        A zero buffer gives the same first step as none at all; being there, it can be loaded into from a checkpoint.
+    def build(self, modules: Iterable[nn.Module]) -> SampledOptimizer:
+        """One optimizer over the parameters of several modules, its state present from the start.
+
+        Zeros give the same first step as none at all; being there, they can be loaded into from a checkpoint.
         """
         parameters = [parameter for module in modules for parameter in module.parameters()]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = SampledSGD(groups, lr=self.learning_rate, momentum=self.momentum)
+        optimizer: SampledOptimizer
+        if self.kind == "adamw":
+            optimizer = SampledAdamW(groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon)
+        else:
+            optimizer = SampledSGD(groups, lr=self.learning_rate, momentum=self.momentum)
         for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            optimizer.prepare(parameter)
         return optimizer
-
-
-class SampledSGD(torch.optim.SGD):
-    """Momentum SGD that leaves alone what had no part in a step.
-
-    Where a gradient is sparse (a head that looks at a sample of its classes), only its rows see gradient, momentum and
-    weight decay; torch's own would let all rows' momentum run on, and refuses weight decay. Dense gradients move as by
-    torch's own, to the bit.
-
-    Args:
-        params: Parameters or groups of them.
-        lr: Learning rate.
-        momentum: Factor of the momentum.
-        weight_decay: Of all parameters, unless their group has its own.
-    """
-
-    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; see `torch.optim.SGD.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            rule = RowRule(group["lr"], group["momentum"], group["weight_decay"])
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in moved:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                if parameter.grad.is_sparse:
-                    self._move_rows(parameter, rule)
-            self._move_dense([parameter for parameter in moved if not parameter.grad.is_sparse], rule)
-        return loss
-
-    def _move_rows(self, parameter: Tensor, rule: RowRule) -> None:
-        assert parameter.grad is not None
-        rows_K, values_KD = _rows_once(parameter.grad)
-        buffer = self.state[parameter]["momentum_buffer"]
-        blocks = zip(torch.split(rows_K, ROWS_AT_ONCE), torch.split(values_KD, ROWS_AT_ONCE), strict=True)
-        for rows, part_kD in blocks:
-            rule.move(parameter, buffer, rows, part_kD)
-
-    def _move_dense(self, parameters: list[Tensor], rule: RowRule) -> None:
-        # Not super().step(): hooks of a step would be called twice.
-        sgd(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [self.state[parameter]["momentum_buffer"] for parameter in parameters],
-            weight_decay=rule.weight_decay,
-            momentum=rule.momentum,
-            lr=rule.learning_rate,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-
-
-def _rows_once(gradient_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a sparse gradient, each once, and their values; those of several backward passes are summed."""
-    if not _in_order(gradient_CD):
-        gradient_CD = gradient_CD.coalesce()
-    return gradient_CD._indices()[0], gradient_CD._values()
-
-
-def _in_order(gradient_CD: Tensor) -> bool:
-    """Whether each row is there once, ascending. Autograd forgets that it is; to coalesce again would be to copy."""
-    rows_K = gradient_CD._indices()[0]
-    return bool((rows_K[1:] > rows_K[:-1]).all())
 
 
 @torch.no_grad()
@@ -156,31 +114,12 @@ def _gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     values = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            if not _in_order(parameter.grad):
+            if not in_order(parameter.grad):
                 parameter.grad = parameter.grad.coalesce()
             values.append(parameter.grad._values())
         elif parameter.grad is not None:
             values.append(parameter.grad)
     return values
-
-
-class RowRule(NamedTuple):
-    """Momentum SGD on some rows of a matrix."""
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-
-    @torch.no_grad()
-    def move(self, weight_CD: Tensor, buffer_CD: Tensor, rows: slice | Tensor, gradient_kD: Tensor) -> None:
-        """Move weight and momentum buffer of the rows, in place; the same operations as `torch.optim.SGD`'s."""
-        weight_kD, buffer_kD = weight_CD[rows], buffer_CD[rows]
-        if self.weight_decay:
-            gradient_kD = gradient_kD.add(weight_kD, alpha=self.weight_decay)
-        buffer_kD.mul_(self.momentum).add_(gradient_kD)
-        weight_kD.add_(buffer_kD, alpha=-self.learning_rate)
-        if isinstance(rows, Tensor):  # these are copies, where a slice's are views
-            weight_CD[rows], buffer_CD[rows] = weight_kD, buffer_kD
 
 
 class UpdateInBackward:
@@ -192,14 +131,19 @@ class UpdateInBackward:
 
     Args:
         head: On its device; this becomes its ``update``.
-        config: The recipe.
+        config: The recipe, of kind "sgd".
 
     Attributes:
         learning_rate: To be set before each backward pass.
         momentum_buffer: As the optimizer would hold it.
     """
 
-    def __init__(self, head: ShardedMarginHead, config: SGDConfig) -> None:
+    def __init__(self, head: ShardedMarginHead, config: OptimizerConfig) -> None:
+        if config.kind != "sgd" or config.max_norm:
+            raise ValueError(
+                f"optimizer.kind={config.kind!r}, optimizer.max_norm={config.max_norm!r}: centres that move within the "
+                "backward pass take momentum SGD, and no clipping"
+            )
         self._weight_CD, self._config = head.weight, config
         self.learning_rate = config.learning_rate
         self.momentum_buffer = torch.zeros_like(head.weight)

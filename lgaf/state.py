@@ -18,9 +18,17 @@ from lgaf.step import TrainStep
 
 
 def training_state(step: TrainStep) -> dict[str, Any]:
-    """Network (with the fusion's statistics), class centres and all optimizer tensors, by name."""
+    """Network (with the fusion's statistics), class centres and all optimizer tensors, by name.
+
+    Beside them, where the recipe has them, the moving average of the network and the gradient scaler.
+    """
     head = step.head
-    return {
+    extras: dict[str, Any] = {}
+    if step.average is not None:
+        extras["average"] = step.average.state_dict()
+    if step.precision == "float16":  # one that only looks whether gradients are finite has nothing to keep
+        extras["scaler"] = step.scaler  # torch.distributed.checkpoint asks it for its state, and gives it back
+    return extras | {
         "model": step.model.state_dict(),
         "model_optimizer": {
             f"{name}.{key}": value
@@ -32,7 +40,8 @@ def training_state(step: TrainStep) -> dict[str, Any]:
             **{name: value for name, value in head.state_dict().items() if name != "weight"},
         },
         "head_optimizer": {
-            f"{name}.{key}": _over_classes(step, value) if parameter is head.weight else value
+            # A single number (AdamW counts its steps) is the same on all ranks.
+            f"{name}.{key}": _over_classes(step, value) if parameter is head.weight and value.ndim else value
             for name, parameter in head.named_parameters()
             for key, value in _optimizer_tensors(step, parameter).items()
         },

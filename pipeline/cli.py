@@ -12,8 +12,9 @@ from typing import Any, Final, cast
 import tyro
 from rich.console import Console
 
+from lgaf.config import require_choice
 from lgaf.models import NETWORKS
-from pipeline import storage
+from pipeline import presets, storage
 from pipeline.config import TrainConfig, recipe, recipe_of
 from pipeline.console import JobDisplay, closing_table
 from pipeline.data.benchmarks import find_verification_sets
@@ -58,6 +59,23 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
         run_training(_with_place(config))
 
     return run_job(job)
+
+
+def named_train_job(arguments: list[str] | None = None) -> int:
+    """Entry point of the job that takes the name of a preset first."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help"):
+        Console().print(f"usage: train.py NAME [flags]; train.py NAME --help shows the flags.\n\n{_listed()}")
+        return 0 if given else 2
+
+    def known() -> None:
+        require_choice("the run", given[0], presets.names())
+
+    return run_job(known) or train_job(presets.preset(given[0]), given[1:])
+
+
+def _listed() -> str:
+    return "Names: " + ", ".join(presets.names())
 
 
 def _with_network(preset: TrainConfig, arguments: list[str]) -> TrainConfig:

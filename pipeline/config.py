@@ -14,22 +14,25 @@ from lgaf.heads.margins import MARGINS, Margin, create_margin
 from lgaf.heads.screening import SampleScreening
 from lgaf.models import NETWORKS, LGAFConfig
 from lgaf.models.peers import CQAFaceConfig, HPDAConfig, LSCNNConfig, TransFaceConfig, URLConfig
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
-from lgaf.step import Precision
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
+from lgaf.step import Precision, StepConfig, check_update_in_backward
 from pipeline.data.manifest import DEFAULT_SAMPLES_PER_SHARD
 from pipeline.data.order import check_batch
 from pipeline.data.sources import SYNTHETIC, SyntheticConfig
 from pipeline.data.stream_plan import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
+from pipeline.training.divergence import DivergenceConfig
 
 MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]
 
 NetworkName = Literal["lgaf", "ls_cnn", "hpda", "cqa_face", "transface", "url"]
 NetworkSettings = LGAFConfig | LSCNNConfig | HPDAConfig | CQAFaceConfig | TransFaceConfig | URLConfig
 
-# Fields that may differ when a run is resumed: none of them changes what is trained.
-RESUMABLE: Final = frozenset({"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks"})
+# Fields that may differ when a run is resumed: none of them changes what is trained, but where it diverged.
+RESUMABLE: Final = frozenset(
+    {"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks", "divergence"}
+)
 
 
 # Of `stream`, likewise: how samples come, not which.
@@ -189,8 +192,10 @@ class TrainConfig:
     model: tyro.conf.AvoidSubcommands[NetworkSettings] = field(default_factory=LGAFConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     screening: SampleScreening = field(default_factory=lambda: SampleScreening(strength=0.0))
-    optimizer: SGDConfig = field(default_factory=SGDConfig)
-    schedule: StepSchedule = field(default_factory=StepSchedule)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    step: StepConfig = field(default_factory=StepConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     promotion: PromotionPolicy = field(default_factory=PromotionPolicy)
@@ -203,6 +208,20 @@ class TrainConfig:
         if type(self.model) is not NETWORKS[self.network]:
             raise ValueError(f"network={self.network!r} goes with a {NETWORKS[self.network].__name__} as model")
         require_in_range("seed", self.seed, 0, 2**32 - 1)
+        require_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        skips = self.divergence.policy == "skip"
+        check_update_in_backward(self.head.update == "backward", self.precision, self.step, skips)
+        if self.head.update == "backward" and (self.optimizer.kind != "sgd" or self.optimizer.max_norm):
+            raise ValueError(
+                f"head.update='backward' goes with optimizer.kind='sgd' and optimizer.max_norm=0, not "
+                f"{self.optimizer.kind!r} and {self.optimizer.max_norm}"
+            )
         check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
+        share = self.batch_size // self.num_workers
+        if self.step.accumulate > share:
+            raise ValueError(
+                f"step.accumulate={self.step.accumulate} is more than the {share} samples of a batch that each of "
+                f"num_workers={self.num_workers} has"
+            )
         if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):
             raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")

@@ -12,7 +12,7 @@ import tyro
 
 from lgaf.models import LGAFConfig
 from pipeline.config import TrainConfig
-from pipeline.presets import webface4m
+from pipeline.presets import webface4m_r100_arcface
 from tests.conftest import ROOT
 
 FIDELITY = (ROOT / "docs" / "fidelity.md").read_text()
@@ -44,7 +44,7 @@ def _settings() -> dict[tuple[str, str], list[str]]:
 
 
 def _config(flags: list[str]) -> TrainConfig:
-    return tyro.cli(TrainConfig, default=webface4m(), args=flags)
+    return tyro.cli(TrainConfig, default=webface4m_r100_arcface(), args=flags)
 
 
 SETTINGS = _settings()
@@ -62,7 +62,10 @@ def test_every_row_of_the_tables_has_its_setting():
 @pytest.mark.parametrize("key", SETTINGS, ids=" ".join)
 def test_the_setting_of_a_row_builds_and_runs(key):
     config = _config(SETTINGS[key])
-    assert dataclasses.replace(config, model=webface4m().model, head=webface4m().head) == webface4m()
+    assert (
+        dataclasses.replace(config, model=webface4m_r100_arcface().model, head=webface4m_r100_arcface().head)
+        == webface4m_r100_arcface()
+    )
     model = dataclasses.replace(config.model, backbone="micro").build().eval()
     with torch.no_grad():
         embedding = model(torch.zeros(1, 3, 112, 112)).embedding_BD

@@ -6,12 +6,9 @@ from typing import Final
 
 from pipeline import storage
 from pipeline.errors import DATA_ERRORS, causes, message
+from pipeline.training.divergence import DivergedError
 
 NAME: Final = "fatal_error.json"
-
-
-class DivergedError(ValueError):
-    """A loss that is not finite."""
 
 
 class FatalTrainingError(ValueError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from lgaf.distributed import all_gather_stack, rank_in, world_size
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.step import TrainStep
+from lgaf.step import StepResult, TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.order import rank_slots
@@ -28,10 +29,12 @@ from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
 from pipeline.training.commits import latest_step
-from pipeline.training.failure import DivergedError, record_fatal
+from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
+from pipeline.training.failure import record_fatal
 from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
 
 MODEL_FOLDER = "model"
+LOSSES_BEFORE = 20  # that are noted with a step that is not finite
 FILED_METRICS = (
     metric_names.LOSS,
     metric_names.LEARNING_RATE,
@@ -65,8 +68,8 @@ class _Pending(NamedTuple):
     """A step whose loss is not read yet: reading it would wait for the device."""
 
     step: int
-    loss: torch.Tensor
-    learning_rate: float
+    result: StepResult
+    passed_over: bool
     seconds: float
     data_wait_s: float
     indices: np.ndarray
@@ -93,7 +96,7 @@ def _train(spec: LoopSpec) -> None:
     if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
         _train_steps(spec, step, log)
     if log is not None:
-        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.model.state_dict())
+        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
         log.close()
     dist.barrier()
 
@@ -108,23 +111,26 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
         sizes[rank_in(step.group)],
     )
     pending: list[_Pending] = []
+    to_pass = passed_over(spec.run_uri) if config.divergence.policy == "rollback" else set()
     last_time = time.perf_counter()
     for number in range(step.num_steps_done, plan.total_steps):
         asked = time.perf_counter()
         batch = next(batches)
         data_wait_s = time.perf_counter() - asked
         try:
-            result = step(*_to_tensors(batch), sizes=sizes)
+            result = step.pass_over() if number in to_pass else step(*_to_tensors(batch), sizes=sizes)
+            spoilt = ""
         except NonFiniteEmbeddingError as error:  # on every rank alike
-            _flush(pending, step, plan, log, durable=False)
-            raise _diverged(f"step {number}: {error}") from error
+            result, spoilt = StepResult(torch.tensor(torch.nan), 0.0), str(error)
         now = time.perf_counter()
-        pending.append(_Pending(number, result.loss, result.learning_rate, now - last_time, data_wait_s, batch.indices))
+        pending.append(_Pending(number, result, number in to_pass, now - last_time, data_wait_s, batch.indices))
         last_time = now
         done = number + 1
         saves = done % config.workers.checkpoint_every_steps == 0 or done == plan.total_steps
-        if saves or done % config.workers.log_every_steps == 0:
-            _flush(pending, step, plan, log, durable=saves)
+        if saves and not spoilt and not step.is_finite():
+            spoilt = "weights are not finite"  # a checkpoint of them would be one to fall back on
+        if saves or spoilt or done % config.workers.log_every_steps == 0:
+            _flush(spec, pending, step, log, durable=saves, spoilt=spoilt)
         if saves:
             details = {"world_size": world_size(step.group), "data_fingerprint": plan.data.fingerprint}
             save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
@@ -152,7 +158,7 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     return TrainStep(
         model,
         head,
-        config.optimizer,
+        replace(config.optimizer, learning_rate=config.optimizer.learning_rate_for(config.batch_size)),
         config.schedule,
         spec.plan.total_steps,
         group=group,
@@ -160,6 +166,8 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
         head_precision=config.head.precision,
         update_head_in_backward=config.head.update == "backward",
         seed=config.seed,
+        config=config.step,
+        leave_out_non_finite=config.divergence.policy == "skip",
     )
 
 
@@ -168,40 +176,76 @@ def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(batch.images), torch.tensor(batch.labels)
 
 
-def _flush(pending: list[_Pending], step: TrainStep, plan: StreamPlan, log: _RankZeroLog | None, durable: bool) -> None:
+def _flush(
+    spec: LoopSpec, pending: list[_Pending], step: TrainStep, log: _RankZeroLog | None, durable: bool, spoilt: str
+) -> None:
     """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this.
 
+    Args:
+        spec: Of the run.
+        pending: Steps since the last time.
+        step: The step.
+        log: Of rank 0.
+        durable: Whether a checkpoint is about to count on the lines.
+        spoilt: Why the last step's weights are of no use; empty: they are not known to be.
+
     Raises:
-        DivergedError: A loss is not finite (on every rank alike); no checkpoint is written over the last good one.
+        DivergedError: A step is not finite (on every rank alike) and the run ends.
+        RollbackError: Likewise, and it goes on from the last checkpoint.
     """
+    config = spec.config
+    batches = _global_batches(pending, step, spec.plan)
+    bad = [row for row, entry in enumerate(pending) if _is_bad(entry, config.precision)]
+    if spoilt and (not bad or bad[-1] != len(pending) - 1):
+        bad.append(len(pending) - 1)
+    ends = bool(spoilt) or (bool(bad) and config.divergence.policy != "skip")
+    if log is not None:
+        log.write(pending[: bad[0]] if ends else pending, batches, durable)
+        for row in bad[:1] if ends else bad:
+            before = [float(entry.result.loss) for entry in pending[max(0, row - LOSSES_BEFORE) : row]]
+            statistics = {
+                "epoch": pending[row].step // spec.plan.steps_per_epoch,
+                "loss": str(float(pending[row].result.loss)),  # JSON has no word for nan
+                "learning_rate": pending[row].result.learning_rate,
+                "losses_before": [str(loss) for loss in before],
+                "found": spoilt,
+            }
+            note_step(spec.run_uri, spec.plan.data, pending[row].step, batches[row], statistics)
+    if bad:
+        if step.group is not None:
+            dist.barrier(step.group)  # the notes are there, for all ranks and for the next start
+        first = pending[bad[0]]
+        what = f"step {first.step}: {spoilt or f'the loss is {float(first.result.loss)}'}"
+        decide(config.divergence, spec.run_uri, first.step, what)
+        if spoilt:  # an update that was left out cannot be why
+            raise DivergedError(f"{what}: there is nothing to go on with")
+    pending.clear()
+
+
+def _is_bad(entry: _Pending, precision: str) -> bool:
+    # In half precision updates are left out while the scale finds its height.
+    left_out = entry.result.left_out and precision != "float16"
+    return not entry.passed_over and (left_out or not bool(entry.result.loss.isfinite()))
+
+
+def _global_batches(pending: list[_Pending], step: TrainStep, plan: StreamPlan) -> list[np.ndarray]:
+    """The sample indices of each pending step's global batch, in order."""
     slots = _slots(step, plan)
     longest = max(high - low for low, high in slots)
     own = np.full((len(pending), longest), -1, np.int64)
     for row, entry in enumerate(pending):
         own[row, : len(entry.indices)] = entry.indices
     everyone = all_gather_stack(torch.from_numpy(own).to(step.device), step.group).cpu().numpy()
-    if log is not None:
-        digests = []
-        for row in range(len(pending)):
-            parts = [everyone[rank, row, : high - low] for rank, (low, high) in enumerate(slots)]
-            digests.append(hashlib.sha256(np.concatenate(parts).astype("<i8").tobytes()).hexdigest())
-        log.write([entry for entry in pending if entry.loss.isfinite()], digests, durable)
-    diverged = [entry for entry in pending if not entry.loss.isfinite()]
-    if diverged:
-        raise _diverged(f"the loss of step {diverged[0].step} is {float(diverged[0].loss)}")
-    pending.clear()
+    return [
+        np.concatenate([everyone[rank, row, : high - low] for rank, (low, high) in enumerate(slots)])
+        for row in range(len(pending))
+    ]
 
 
 def _slots(step: TrainStep, plan: StreamPlan) -> list[tuple[int, int]]:
     """What each rank has of a global batch."""
     workers = world_size(step.group)
     return [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
-
-
-def _diverged(what: str) -> DivergedError:
-    return DivergedError(
-        f"{what}: the run diverged; lower optimizer.learning_rate or add schedule.warmup, under a new run_name"
-    )
 
 
 class _RankZeroLog:
@@ -214,34 +258,30 @@ class _RankZeroLog:
         self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
         # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
         for line in read_metrics(spec.run_uri):
-            self._sink.put(line["step"], {name: line[name] for name in FILED_METRICS})
+            self._send(line)
 
-    def write(self, finite: list[_Pending], digests: list[str], durable: bool) -> None:
+    def write(self, entries: list[_Pending], batches: list[np.ndarray], durable: bool) -> None:
         """Write the lines of some steps; ``durable`` before a checkpoint counts on them."""
         lines = []
-        for entry, digest in zip(finite, digests, strict=False):  # a run ends at its first loss that is not finite
+        for entry, batch in zip(entries, batches, strict=False):  # a run may end before the last of the batches
             line = StepMetrics(
                 step=entry.step,
                 epoch=entry.step // self._per_epoch,
-                loss=float(entry.loss),
-                lr=entry.learning_rate,
+                loss=float(entry.result.loss),
+                lr=entry.result.learning_rate,
                 images_per_second=self._plan.batch / entry.seconds,
-                samples_digest=digest,
+                samples_digest=hashlib.sha256(batch.astype("<i8").tobytes()).hexdigest(),
             )
             lines.append(line)
-            self._sink.put(
-                line.step,
-                {
-                    metric_names.LOSS: line.loss,
-                    metric_names.LEARNING_RATE: line.lr,
-                    metric_names.EPOCH: line.epoch,
-                    metric_names.IMAGES_PER_SECOND: line.images_per_second,
-                    metric_names.DATA_WAIT_S: entry.data_wait_s,
-                },
-            )
+            self._send(asdict(line) | {metric_names.DATA_WAIT_S: entry.data_wait_s})
         self._file.write(lines, durable)
         if self._progress is not None and lines:
             self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
+
+    def _send(self, line: Mapping[str, Any]) -> None:
+        """Give MLflow the numbers of a step that are numbers."""
+        found = {name: line[name] for name in (*FILED_METRICS, metric_names.DATA_WAIT_S) if name in line}
+        self._sink.put(line["step"], {name: value for name, value in found.items() if np.isfinite(value)})
 
     def close(self) -> None:
         """Send what MLflow does not have yet."""

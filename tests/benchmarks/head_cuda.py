@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 from tests.benchmarks.head_measure import (
     Arm,
     Problem,
@@ -128,7 +128,7 @@ def all_classes(report: Report, num_classes: int, batch: int, dim: int) -> None:
         release(DEVICE)
         start = reset_peak(DEVICE)
         head = problem.build(arm, problem.centres())
-        optimizer = SGDConfig().build([head])
+        optimizer = OptimizerConfig().build([head])
         x, labels = problem.inputs()
         resident = reset_peak(DEVICE) - start
         loss = forward_backward(head, x, labels, arm)

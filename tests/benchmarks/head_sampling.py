@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 from tests.benchmarks.head_measure import (
     Arm,
     Problem,
@@ -41,8 +41,8 @@ class SamplingResult:
 
 def _optimizer(head: nn.Module, arm: Arm) -> torch.optim.Optimizer:
     if arm.kind != "rival":
-        return SGDConfig().build([head])
-    config = SGDConfig()
+        return OptimizerConfig().build([head])
+    config = OptimizerConfig()
     return torch.optim.SGD(
         head.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )

@@ -21,8 +21,8 @@ from rich.table import Table
 from lgaf.heads.margins import create_margin
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import LGAFConfig
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.data.augment import adaface
@@ -124,7 +124,7 @@ def _bare_training() -> float:
     config = demo()
     model: LGAFConfig = config.model
     head = ShardedMarginHead(299, model.embedding_dim, create_margin("cosface"))
-    step = TrainStep(model.build(), head, SGDConfig(), StepSchedule(), 1000, precision=config.precision)
+    step = TrainStep(model.build(), head, OptimizerConfig(), Schedule(), 1000, precision=config.precision)
     images = torch.randint(0, 256, (BATCH, 112, 112, 3), dtype=torch.uint8)
     labels = torch.randint(0, 299, (BATCH,))
     return per_second(lambda: [step(images, labels) for _ in range(5)], 5 * BATCH)

@@ -18,7 +18,7 @@ from lgaf.heads.margins import create_margin
 from lgaf.heads.margins.base import EMPTY_STATE
 from lgaf.heads.margins.cosface import CosFace
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SGDConfig, UpdateInBackward
+from lgaf.optim import OptimizerConfig, UpdateInBackward
 from tests.lgaf.head_problem import DIM, NUM_CLASSES, ROWS, Recorded, gradients, problem
 from tests.lgaf.margin_cases import MARGIN_CASES
 
@@ -239,7 +239,7 @@ class TestPlan:
         classes, dim, rows, budget = 8_192, 256, 32, 4 << 20
         head = ShardedMarginHead(classes, dim, create_margin(margin), memory_budget=budget, sample_rate=rate)
         if in_backward:
-            UpdateInBackward(head, SGDConfig())
+            UpdateInBackward(head, OptimizerConfig())
         x, labels = torch.randn(rows, dim, requires_grad=True), torch.arange(rows)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):

@@ -13,8 +13,8 @@ from lgaf.heads.margins import MARGINS, create_margin
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import BACKBONES, NETWORKS, LGAFConfig, create_backbone
 from lgaf.models.network import FaceEmbedding
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
 from lgaf.step import TrainStep
 
 # Every network at a size for a CPU; LGAF once for each row of Tables 1-4 and each reading of the text.
@@ -148,7 +148,7 @@ def test_one_graph_without_breaks(config, training):
 def test_trains_through_the_step(config):
     model = _build(config)
     head = ShardedMarginHead(5, config.output_dim, create_margin("cosface", margin=0.1, scale=16.0))
-    step = TrainStep(model, head, SGDConfig(learning_rate=0.05), StepSchedule(milestones=(0.9,)), 8)
+    step = TrainStep(model, head, OptimizerConfig(learning_rate=0.05), Schedule(milestones=(0.9,)), 8)
     images = ((IMAGES.permute(0, 2, 3, 1) + 1) * 127).to(torch.uint8)
     losses = [step(images, torch.arange(4)).loss.item() for _ in range(8)]
     assert all(loss == loss and loss < 100 for loss in losses)
@@ -159,7 +159,7 @@ def test_trains_through_the_step(config):
 def test_every_margin_trains_the_network(margin):
     torch.manual_seed(0)
     head = ShardedMarginHead(5, 32, create_margin(margin))
-    step = TrainStep(_build(LGAFConfig(**CASES["lgaf"], dropout=0.0)), head, SGDConfig(), StepSchedule(), 10)
+    step = TrainStep(_build(LGAFConfig(**CASES["lgaf"], dropout=0.0)), head, OptimizerConfig(), Schedule(), 10)
     images = ((IMAGES.permute(0, 2, 3, 1) + 1) * 127).to(torch.uint8)
     losses = [step(images, torch.arange(4)).loss.item() for _ in range(10)]
     assert min(losses[-2:]) < 0.8 * losses[0], losses

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lgaf.models import LGAFConfig
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 
 
 def _network(seed: int = 0) -> nn.Module:
@@ -26,7 +26,7 @@ def _network(seed: int = 0) -> nn.Module:
 def test_decay_shrinks_matrices_and_kernels_alone():
     network = _network()
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
-    optimizer = SGDConfig(learning_rate=0.5, weight_decay=0.1).build([network])
+    optimizer = OptimizerConfig(learning_rate=0.5, weight_decay=0.1).build([network])
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -37,7 +37,7 @@ def test_decay_shrinks_matrices_and_kernels_alone():
 
 def test_each_parameter_of_all_modules_is_trained_once():
     modules = [LGAFConfig(backbone="micro", embedding_dim=16).build(), nn.Linear(3, 2)]
-    optimizer = SGDConfig().build(modules)
+    optimizer = OptimizerConfig().build(modules)
     trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for module in modules for p in module.parameters())
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -52,7 +52,7 @@ def test_each_parameter_of_all_modules_is_trained_once():
 @given(st.floats(0.01, 0.5), st.sampled_from([0.0, 0.5, 0.9]), st.floats(0.0, 0.01), st.integers(0, 1000))
 def test_zero_momentum_buffers_give_the_trajectory_of_plain_sgd(learning_rate, momentum, weight_decay, seed):
     ours, plain = _network(seed), _network(seed)
-    config = SGDConfig(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    config = OptimizerConfig(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
     optimizer = config.build([ours])
     buffers = [optimizer.state[parameter]["momentum_buffer"] for parameter in ours.parameters()]
     assert all(buffer.eq(0).all() for buffer in buffers)
@@ -88,4 +88,4 @@ def test_zero_momentum_buffers_give_the_trajectory_of_plain_sgd(learning_rate, m
 )
 def test_bad_values_are_named(fields, text):
     with pytest.raises(ValueError, match=text):
-        SGDConfig(**fields)
+        OptimizerConfig(**fields)

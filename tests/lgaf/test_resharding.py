@@ -16,7 +16,7 @@ from lgaf.heads.class_shard import class_range
 from lgaf.heads.margins import create_margin
 from lgaf.heads.resharding import carried_over, check_old_of_new, match_identities, reshard
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 from tests.distributed import run_distributed
 
 DIM = 3
@@ -309,7 +309,7 @@ def test_ranks_with_unlike_maps_are_told():
 # --- the whole use
 
 SEED = 3
-OPTIMIZER = SGDConfig(learning_rate=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.5)
 
 
 def _step(head: ShardedMarginHead, optimizer: torch.optim.Optimizer, num_classes: int, seed: int) -> torch.Tensor:

@@ -15,13 +15,13 @@ from lgaf.heads.class_shard import class_range
 from lgaf.heads.margins import create_margin
 from lgaf.heads.sampling import sampled_rows
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SGDConfig, UpdateInBackward
+from lgaf.optim import OptimizerConfig, UpdateInBackward
 from lgaf.reference import dense_margin_loss
 from tests.distributed import run_distributed
 from tests.lgaf.margin_cases import MARGIN_CASES
 
 NUM_CLASSES, DIM, ROWS, RATE = 200, 8, 6, 0.3
-RECIPE = SGDConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+RECIPE = OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
 
 
 def _problem(seed: int = 2, dtype: torch.dtype = torch.float64):

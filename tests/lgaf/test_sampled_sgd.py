@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lgaf import optim
+from lgaf import sampled_optim
 from lgaf.heads.margins import create_margin
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SampledSGD, SGDConfig, clip_gradients
+from lgaf.optim import OptimizerConfig, clip_gradients
+from lgaf.sampled_optim import SampledSGD
 from tests.distributed import run_distributed
 
 
@@ -83,7 +84,7 @@ class TestSampledSGD:
         for kind, (first, second) in ((SampledSGD, ours), (torch.optim.SGD, theirs)):
             groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second], "lr": 0.7, "weight_decay": 0.3}]
             both.append(kind(groups, lr=0.1, momentum=0.9))
-        with mock.patch.object(optim, "ROWS_AT_ONCE", 2):
+        with mock.patch.object(sampled_optim, "ROWS_AT_ONCE", 2):
             for optimizer in both:
                 optimizer.step()
                 optimizer.step()
@@ -116,7 +117,7 @@ class TestSampledSGD:
         heads = []
         for scale in (1.0, 1024.0):
             head = ShardedMarginHead(200, 8, create_margin("cosface"), sample_rate=0.3, seed=3)
-            optimizer, scaler = SGDConfig().build([head]), torch.amp.GradScaler("cpu", init_scale=scale)
+            optimizer, scaler = OptimizerConfig().build([head]), torch.amp.GradScaler("cpu", init_scale=scale)
             scaler.scale(head(x, labels)).backward()
             scaler.step(optimizer)
             heads.append(head)

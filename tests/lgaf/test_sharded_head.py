@@ -21,7 +21,7 @@ from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.margins import MARGINS, Margin, create_margin
 from lgaf.heads.screening import SampleScreening
 from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 from lgaf.reference import dense_margin_loss
 from tests.distributed import run_distributed
 from tests.lgaf.margin_cases import MARGIN_CASES
@@ -364,7 +364,7 @@ def _train_sharded(group, steps: int, losses) -> None:
     with torch.no_grad():
         encoder.weight.copy_(_encoder())
         encoder.bias.zero_()
-    optimizer = SGDConfig(learning_rate=0.1).build([encoder, head])
+    optimizer = OptimizerConfig(learning_rate=0.1).build([encoder, head])
     for step in range(steps):
         inputs, labels = _inputs(step)
         rows = slice(*[(0, 5), (5, 13), (13, 16)][rank])

@@ -24,8 +24,8 @@ from lgaf.heads.screening import SampleScreening
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import LGAF, FaceNetwork, LGAFConfig
 from lgaf.models.network import global_embedding
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep, normalise_images
 from tests.conftest import ROOT
@@ -35,7 +35,7 @@ NUM_CLASSES = 7
 ROWS = 7
 NUM_STEPS = 3
 SHARES = {1: [7], 2: [5, 2], 3: [4, 1, 2]}  # rows per rank
-RECIPE = SGDConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01)
+RECIPE = OptimizerConfig(learning_rate=0.05, momentum=0.9, weight_decay=0.01)
 
 
 class _FrozenNorms(LGAF):
@@ -65,7 +65,7 @@ def _share(group, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images[low : low + shares[rank_in(group)]], labels[low : low + shares[rank_in(group)]]
 
 
-def _frozen_step(group, recipe: SGDConfig = RECIPE) -> TrainStep:
+def _frozen_step(group, recipe: OptimizerConfig = RECIPE) -> TrainStep:
     torch.manual_seed(0)
     model = _FrozenNorms(LGAFConfig(backbone="micro", embedding_dim=8, num_heads=2, dropout=0.0)).double()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def _frozen_step(group, recipe: SGDConfig = RECIPE) -> TrainStep:
             if isinstance(module, _BatchNorm):
                 module.running_var.fill_(4.0)
     head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("arcface", margin=0.3, scale=8.0), group=group).double()
-    return TrainStep(model, head, recipe, StepSchedule(milestones=(0.5,)), NUM_STEPS, group=group)
+    return TrainStep(model, head, recipe, Schedule(milestones=(0.5,)), NUM_STEPS, group=group)
 
 
 def _trained(group) -> tuple[TrainStep, list[float]]:
@@ -154,7 +154,7 @@ def _plain_step(
     model = LGAFConfig(backbone=backbone, embedding_dim=8, num_heads=2, dropout=dropout).build()
     margin = create_margin("cosface", margin=0.2, scale=8.0)
     head = ShardedMarginHead(NUM_CLASSES, 8, margin, group=group, sample_rate=sample_rate)
-    schedule = StepSchedule(milestones=(0.5,), warmup=0.2)
+    schedule = Schedule(milestones=(0.5,), warmup=0.2)
     return TrainStep(model, head, RECIPE, schedule, 6, group=group, precision=precision, seed=seed, **options)
 
 
@@ -371,7 +371,7 @@ class _WithOwnLoss(FaceNetwork):
 def _own_loss_step(group, **switches) -> TrainStep:
     torch.manual_seed(0)
     head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("cosface", scale=8.0), group=group)
-    return TrainStep(_WithOwnLoss(**switches), head, RECIPE, StepSchedule(), NUM_STEPS, group=group)
+    return TrainStep(_WithOwnLoss(**switches), head, RECIPE, Schedule(), NUM_STEPS, group=group)
 
 
 def test_a_networks_own_loss_and_sample_weights_are_trained_on():
@@ -414,7 +414,7 @@ def test_the_state_holds_what_the_margin_keeps(margin):
     torch.manual_seed(0)
     head = ShardedMarginHead(NUM_CLASSES, 8, create_margin(margin), screening=SampleScreening())
     model = LGAFConfig(backbone="micro", embedding_dim=8, num_heads=2).build()
-    state = training_state(TrainStep(model, head, RECIPE, StepSchedule(), NUM_STEPS))
+    state = training_state(TrainStep(model, head, RECIPE, Schedule(), NUM_STEPS))
     kept = {"adaface": {"norm_mean", "norm_std"}, "uniface": {"bias"}}[margin]
     assert {f"margin_state.{name}" for name in kept} <= state["head"].keys()
     assert "screening_state.histogram" in state["head"]

@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 from lgaf.models import NETWORKS, LGAFConfig
-from lgaf.optim import SGDConfig
+from lgaf.optim import OptimizerConfig
 from pipeline import cli, presets, storage
 from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
 from pipeline.training.metrics_log import MetricsLog
@@ -93,7 +93,7 @@ def test_mistakes_are_named_without_a_traceback(arguments, words, capsys, no_sta
 )
 def test_the_real_job_says_what_it_requires(arguments, words, capsys, no_start, tmp_path):
     given = [argument.format(tmp=tmp_path) for argument in [*arguments, "--storage", "{tmp}/out"]]
-    code, text = _run(presets.webface4m(), given, capsys)
+    code, text = _run(presets.webface4m_r100_arcface(), given, capsys)
     assert code not in (0, None)
     for word in words:
         assert word in text
@@ -138,6 +138,21 @@ def test_a_job_without_any_flag_starts(monkeypatch):
 def test_network_and_model_go_together():
     with pytest.raises(ValueError, match=r"network='hpda' goes with a HPDAConfig"):
         replace(presets.demo(), network="hpda")
+
+
+def test_a_named_run_is_trained(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "run_training", started.append)
+    flags = ["--data", "/d", "--benchmarks", "/b", "--epochs", "2"]
+    assert cli.named_train_job(["table2_8_heads", *flags]) == 0
+    (config,) = started
+    assert (config.preset, config.model.num_heads, config.epochs) == ("table2_8_heads", 8, 2)
+    assert cli.named_train_job(["table2_9_heads"]) == 1
+    assert "table2_8_heads" in capsys.readouterr().err
+    assert cli.named_train_job(["--help"]) == 0
+    assert cli.named_train_job([]) == 2
+    assert _plain(capsys.readouterr().out).count("network_transface") == 2
+    assert len(started) == 1
 
 
 def _named(config: TrainConfig, **changes: object) -> str:
@@ -199,7 +214,7 @@ def test_the_same_name_with_another_recipe_is_refused(tmp_path):
     uri = str(tmp_path / "run")
     _began(config, uri)
     cli._check_resumable(config, uri)
-    other = replace(config, epochs=99, optimizer=SGDConfig(learning_rate=0.3), num_workers=1)
+    other = replace(config, epochs=99, optimizer=OptimizerConfig(learning_rate=0.3), num_workers=1)
     with pytest.raises(ValueError, match=r"run_name='run' was started with another configuration") as caught:
         cli._check_resumable(other, uri)
     text = str(caught.value)

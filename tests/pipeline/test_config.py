@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict, replace
 
@@ -14,45 +13,46 @@ from lgaf.config import from_dict
 from lgaf.heads.margins import create_margin
 from lgaf.heads.screening import SampleScreening
 from lgaf.models import LGAFConfig
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
+from lgaf.step import StepConfig
 from pipeline import presets
 from pipeline.config import HeadConfig, PackConfig, TrainConfig, WorkersConfig
 from pipeline.data.stream_plan import StreamConfig
 from pipeline.storage import plain_json
+from pipeline.training.divergence import DivergenceConfig
 
-PRESETS = {
-    name: function
-    for name, function in inspect.getmembers(presets, inspect.isfunction)
-    if function.__module__ == presets.__name__
-}
+PRESETS = presets.names()
 
 
 def test_there_are_presets():
-    assert {"demo", "webface4m"} <= PRESETS.keys()
+    assert len(PRESETS) == len(set(PRESETS))
+    assert {"demo", "webface4m_r100_cosface", "table4_iaff", "head_uniface", "network_transface"} <= set(PRESETS)
+    with pytest.raises(KeyError):
+        presets.preset("head_nothing")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_named_after_themselves(name):
-    config = PRESETS[name]()
+    config = presets.preset(name)
     assert isinstance(config, TrainConfig)
     assert config.preset == name
-    assert config == PRESETS[name](), "a preset is a value"
+    assert config == presets.preset(name), "a preset is a value"
     assert not config.run_name, "runs are named by their content"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
-    config = PRESETS[name]()
+    config = presets.preset(name)
     assert from_dict(TrainConfig, plain_json(asdict(config))) == config
-    changed = replace(config, epochs=3, schedule=StepSchedule(milestones=(), warmup=0.5), run_name="x")
+    changed = replace(config, epochs=3, schedule=Schedule(milestones=(), warmup=0.5), run_name="x")
     assert from_dict(TrainConfig, plain_json(asdict(changed))) == changed
 
 
 @given(
     st.builds(LGAFConfig, embedding_dim=st.sampled_from([8, 64]), branches=st.sampled_from([("local",), ("global",)])),
-    st.builds(StepSchedule, milestones=st.lists(st.floats(0.01, 1), max_size=3).map(lambda m: tuple(sorted(m)))),
-    st.builds(SGDConfig, learning_rate=st.floats(1e-9, 1e3), weight_decay=st.floats(0, 1)),
+    st.builds(Schedule, milestones=st.lists(st.floats(0.01, 1), max_size=3).map(lambda m: tuple(sorted(m)))),
+    st.builds(OptimizerConfig, learning_rate=st.floats(1e-9, 1e3), weight_decay=st.floats(0, 1)),
     st.integers(1, 99),
 )
 def test_any_configuration_survives_json(model, schedule, optimizer, epochs):
@@ -61,7 +61,7 @@ def test_any_configuration_survives_json(model, schedule, optimizer, epochs):
 
 
 def test_webface4m_is_the_papers_recipe():
-    config = presets.webface4m()
+    config = presets.webface4m_r100_arcface()
     assert config.model == LGAFConfig(
         backbone="iresnet100",
         embedding_dim=512,
@@ -72,7 +72,7 @@ def test_webface4m_is_the_papers_recipe():
         fusion="add",
     )
     assert config.head == HeadConfig(name="arcface", margin=0.4, scale=64.0)
-    assert config.optimizer == SGDConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
+    assert config.optimizer == OptimizerConfig(learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
     assert (config.batch_size, config.epochs) == (512, 26)
     assert config.schedule.milestones == pytest.approx((12 / 26, 20 / 26, 24 / 26))
     assert (config.schedule.factor, config.schedule.warmup) == (0.1, 0.0)
@@ -80,6 +80,29 @@ def test_webface4m_is_the_papers_recipe():
     total = steps_per_epoch * config.epochs
     rates = [config.schedule.learning_rate(0.1, epoch * steps_per_epoch, total) for epoch in range(26)]
     assert rates == pytest.approx([0.1] * 12 + [0.01] * 8 + [0.001] * 4 + [0.0001] * 2)
+
+
+def test_the_rows_of_the_tables_are_the_settings_of_the_documentation():
+    rows = {"table1_local": {"branches": ("local",)}, "table2_16_heads": {"num_heads": 16}}
+    for row, changes in rows.items():
+        assert presets.preset(row) == replace(presets.ms1mv2_r100_arcface(), preset=row, model=LGAFConfig(**changes))
+    networks = {repr(presets.preset(row).model) for row in presets.TABLES}
+    assert len(networks) == len(presets.TABLES) - 4, "LGAF, b=4, Energy and ADD are one, III and Baseline another"
+
+
+def test_arcface_torchs_recipe_is_its_own():
+    config = presets.arcface_torch_ms1mv2()
+    assert (config.batch_size, config.epochs, config.precision, config.optimizer.max_norm) == (1024, 20, "float16", 5.0)
+    assert (config.head.margin, config.stream.augmentation, config.model.branches) == (0.5, "flip", ("global",))
+    assert [config.schedule.learning_rate(0.1, step, 4) for step in range(4)] == pytest.approx(
+        [0.1, 0.075, 0.05, 0.025]
+    )
+
+
+def test_compared_heads_have_their_papers_margins():
+    assert presets.preset("head_curricularface").head.create().margin == 0.5
+    assert presets.preset("network_transface").optimizer.kind == "adamw"
+    assert presets.preset("network_hpda").schedule == presets.ms1mv2_r100_arcface().schedule
 
 
 def _demo(**changes: object) -> TrainConfig:
@@ -98,6 +121,16 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: _demo(run_name="s3:x"), r"run_name='s3:x'"),
         (lambda: _demo(run_name=".."), r"run_name='\.\.'"),
         (lambda: _demo(seed=-1), r"seed=-1"),
+        (lambda: _demo(step=StepConfig(accumulate=65)), r"step\.accumulate=65 is more than the 64 samples"),
+        (lambda: _demo(head=HeadConfig(update="backward"), precision="float16"), r"head\.update='backward'"),
+        (
+            lambda: _demo(head=HeadConfig(update="backward"), optimizer=OptimizerConfig(max_norm=5.0)),
+            r"head\.update='backward' goes with optimizer\.kind='sgd' and optimizer\.max_norm=0",
+        ),
+        (
+            lambda: _demo(head=HeadConfig(update="backward"), divergence=DivergenceConfig(policy="skip")),
+            r"divergence\.policy='skip'",
+        ),
         (lambda: LGAFConfig(backbone="tinny"), r"model\.backbone='tinny'.*did you mean 'tiny'.*iresnet100"),
         (lambda: LGAFConfig(embedding_dim=10), r"model\.num_heads=4 must divide model\.embedding_dim=10"),
         (lambda: LGAFConfig(scales=(2,)), r"model\.scales=\(2,\)"),
@@ -132,7 +165,7 @@ def test_a_margins_own_fields_are_options():
 
 
 def test_nothing_is_screened_by_default():
-    assert presets.demo().screening.strength == presets.webface4m().screening.strength == 0.0
+    assert presets.demo().screening.strength == presets.webface4m_r100_arcface().screening.strength == 0.0
 
 
 @pytest.mark.parametrize(

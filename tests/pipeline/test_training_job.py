@@ -28,6 +28,7 @@ from pipeline.model_store import load_model
 from pipeline.presets import demo
 from pipeline.tracking.registry import champion
 from pipeline.training.commits import committed_steps
+from pipeline.training.divergence import DivergenceConfig
 from pipeline.training.metrics_log import read_metrics
 from tests.conftest import ROOT
 
@@ -203,6 +204,20 @@ def test_a_diverged_run_stops_at_once_and_says_so(first, place, capfd):
     errors = capfd.readouterr().err.replace("\n", " ")
     assert "the run diverged; lower optimizer.learning_rate" in errors
     assert all(np.isfinite(line["loss"]) for line in read_metrics(str(place / "wild")))
+    (note,) = (place / "wild" / "non_finite").iterdir()
+    assert len(json.loads(note.read_text())["samples"]) == SMALL.batch_size
+    assert committed_steps(str(place / "wild")) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_rolled_back_passes_over_what_spoilt_it(first, place, capfd):
+    """Every second step spoils the weights: the third time is one more than the budget."""
+    wild = dataclasses.replace(SMALL.optimizer, learning_rate=1e30)
+    divergence = DivergenceConfig(policy="rollback", budget=2)
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="back", optimizer=wild, divergence=divergence)
+    assert cli.run_job(lambda: _run(dataclasses.replace(config, num_workers=1))) == 1
+    assert "more than divergence.budget=2 steps were not finite" in capfd.readouterr().err.replace("\n", " ")
+    assert len(list((place / "back" / "non_finite").iterdir())) == 3
 
 
 def test_gpus_that_are_not_there_are_not_waited_for(first, place, capfd):

@@ -15,8 +15,8 @@ from lgaf.heads.margins import create_margin
 from lgaf.heads.screening import SampleScreening
 from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.models import LGAFConfig
-from lgaf.optim import SGDConfig
-from lgaf.schedule import StepSchedule
+from lgaf.optim import OptimizerConfig
+from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
@@ -34,7 +34,7 @@ def _train_step(group=None, num_classes: int = 7, seed: int = 0) -> TrainStep:
     # A margin with a learned scalar and a screening with statistics: what every rank holds alike.
     margin, screening = create_margin("uniface"), SampleScreening()
     head = ShardedMarginHead(num_classes, 8, margin, group=group, seed=seed, screening=screening)
-    return TrainStep(model, head, SGDConfig(), StepSchedule(), 100, group=group)
+    return TrainStep(model, head, OptimizerConfig(), Schedule(), 100, group=group)
 
 
 def _scramble(step: TrainStep, seed: int) -> None:

@@ -69,12 +69,14 @@ class StepResult(NamedTuple):
     Attributes:
         loss: The head's, of the global batch: a scalar tensor, detached.
         learning_rate: That was used.
-        left_out: Gradients were not finite and the weights stayed as they were; False where nobody looked.
+        left_out: Gradients were not finite and everything stayed as it was; False where nobody looked.
+        scale: Of the loss, before gradients were taken; 1 where it is not scaled.
     """
 
     loss: Tensor
     learning_rate: float
     left_out: bool = False
+    scale: float = 1.0
 
 
 class _Part(NamedTuple):
@@ -195,14 +197,24 @@ class TrainStep:
         self.model.train()
         self.head.train()
         self.optimizer.zero_grad(set_to_none=True)
+        # A forward pass that is not finite spoils the statistics, which then spoil every step behind it.
+        statistics = [buffer.clone() for buffer in self._statistics()] if self.scaler.is_enabled() else []
         parts, loss = self._parts(len(labels_B), sizes), torch.zeros((), device=self.device)
         for part in parts:
             # Gradients of all parts are summed on this rank, and travel once.
             with self._without_travel() if part is not parts[-1] else contextlib.nullcontext():
                 loss = loss + self._backward(images_BHWC[part.rows], labels_B[part.rows], part)
-        left_out = self._update()
+        scale = self.scaler.get_scale()
+        left_out = self._update(scale)
+        if left_out:
+            for buffer, before in zip(self._statistics(), statistics, strict=True):
+                buffer.copy_(before)
         self.num_steps_done += 1
-        return StepResult(loss, learning_rate, left_out)
+        return StepResult(loss, learning_rate, left_out, scale)
+
+    def _statistics(self) -> list[Tensor]:
+        """Of batch norm, fusion, margin and screening."""
+        return [*self.model.buffers(), *self.head.buffers()]
 
     def pass_over(self) -> StepResult:
         """Count a step that is not trained on; all ranks call this."""
@@ -211,9 +223,10 @@ class TrainStep:
         return StepResult(torch.tensor(torch.nan, device=self.device), learning_rate, left_out=True)
 
     def is_finite(self) -> bool:
-        """Whether all weights are finite numbers, on all ranks alike; all ranks call this."""
-        parameters = [*self.model.parameters(), *self.head.parameters()]
-        spoilt = torch.stack([~parameter.detach().isfinite().all() for parameter in parameters]).sum()
+        """Whether all weights and statistics are finite numbers, on all ranks alike; all ranks call this."""
+        average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
+        tensors = [*self.model.parameters(), *self.head.parameters(), *self._statistics(), *average]
+        spoilt = torch.stack([~tensor.detach().isfinite().all().to(self.device) for tensor in tensors]).sum()
         return not bool(all_reduce_sum(spoilt.float(), self.group))
 
     def _without_travel(self) -> contextlib.AbstractContextManager[None]:
@@ -256,17 +269,18 @@ class TrainStep:
         self.scaler.scale(total).backward()
         return loss.detach()
 
-    def _update(self) -> bool:
+    def _update(self, scale: float) -> bool:
         """Move weights by the gradients that there are; whether they were not finite and had no effect."""
         if self.max_norm:
             self.scaler.unscale_(self.optimizer)
             shards = [self.head.weight]
             replicated = [*self.model.parameters(), *self.head.margin_state.parameters()]
             clip_gradients(replicated, shards, self.max_norm, self.group)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         left_out = self.scaler.get_scale() < scale
+        if left_out and self.precision != "float16":
+            self.scaler.update(1.0)  # it only looks, and must not fade away
         if self.average is not None and not left_out:
             self.average.update_parameters(self.model)
         return left_out
@@ -285,7 +299,7 @@ def check_update_in_backward(wanted: bool, precision: Precision, config: StepCon
 def _scaler(device: torch.device, group: ProcessGroup | None, scales: bool, looks: bool) -> torch.amp.GradScaler:
     """Torch's gradient scaler; several ranks agree on whether all gradients are finite.
 
-    One that only looks begins at 1 and never grows: powers of two change no digit.
+    One that only looks stays at 1.
     """
     scale, interval = (SCALE, SCALE_INTERVAL) if scales else (1.0, 1 << 30)
     enabled = scales or looks

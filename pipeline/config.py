@@ -218,10 +218,12 @@ class TrainConfig:
             )
         check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
         share = self.batch_size // self.num_workers
-        if self.step.accumulate > share:
+        if self.step.accumulate > max(1, share // 2):  # batch norm needs two samples
             raise ValueError(
-                f"step.accumulate={self.step.accumulate} is more than the {share} samples of a batch that each of "
-                f"num_workers={self.num_workers} has"
+                f"step.accumulate={self.step.accumulate} leaves less than two samples a part of the {share} of a batch "
+                f"that each of num_workers={self.num_workers} has"
             )
+        if self.step.gradient_compression == "bfloat16" and not self.workers.use_gpu:
+            raise ValueError("step.gradient_compression='bfloat16' needs workers.use_gpu; float16 does not")
         if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):
             raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")

@@ -107,7 +107,8 @@ class SampleScreening:
         batch_5 = torch.stack([cosine_G, norm_G, cosine_G**2, norm_G**2, cosine_G * norm_G]).mean(dim=1)
         moments_5 = state["moments"].lerp(batch_5, step)
         score_G = self._scores(moments_5, cosine_G, norm_G)
-        bins_G = ((score_G.clamp(-1.0, 1.0) + 1.0) * (NUM_BINS / 2)).long().clamp_max(NUM_BINS - 1)
+        # Bounded as a whole number too: what is not a number may become any.
+        bins_G = ((score_G.clamp(-1.0, 1.0) + 1.0) * (NUM_BINS / 2)).long().clamp(0, NUM_BINS - 1)
         counts_K = torch.zeros_like(state["histogram"]).index_add(0, bins_G, torch.ones_like(score_G) / len(score_G))
         return {"histogram": state["histogram"].lerp(counts_K, step), "moments": moments_5, "mass": mass}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -198,33 +199,42 @@ def _flush(
     bad = [row for row, entry in enumerate(pending) if _is_bad(entry, config.precision)]
     if spoilt and (not bad or bad[-1] != len(pending) - 1):
         bad.append(len(pending) - 1)
-    ends = bool(spoilt) or (bool(bad) and config.divergence.policy != "skip")
+    skips = config.divergence.policy == "skip"
+    blamed = bad if skips else bad[:1]
+    ends = bool(spoilt) or (bool(bad) and not skips)
     if log is not None:
-        log.write(pending[: bad[0]] if ends else pending, batches, durable)
-        for row in bad[:1] if ends else bad:
-            before = [float(entry.result.loss) for entry in pending[max(0, row - LOSSES_BEFORE) : row]]
-            statistics = {
-                "epoch": pending[row].step // spec.plan.steps_per_epoch,
-                "loss": str(float(pending[row].result.loss)),  # JSON has no word for nan
-                "learning_rate": pending[row].result.learning_rate,
-                "losses_before": [str(loss) for loss in before],
-                "found": spoilt,
-            }
-            note_step(spec.run_uri, spec.plan.data, pending[row].step, batches[row], statistics)
+        kept = pending[: blamed[-1]] if ends else pending
+        for row in blamed:
+            note_step(
+                spec.run_uri,
+                spec.plan.data,
+                pending[row].step,
+                batches[row],
+                {
+                    "epoch": pending[row].step // spec.plan.steps_per_epoch,
+                    "loss": str(float(pending[row].result.loss)),  # JSON has no word for nan
+                    "learning_rate": pending[row].result.learning_rate,
+                    "losses_before": log.losses_before(pending[:row]),
+                    "found": spoilt if row == len(pending) - 1 else "",
+                },
+            )
+        log.write(kept, batches, durable)
     if bad:
         if step.group is not None:
             dist.barrier(step.group)  # the notes are there, for all ranks and for the next start
-        first = pending[bad[0]]
-        what = f"step {first.step}: {spoilt or f'the loss is {float(first.result.loss)}'}"
-        decide(config.divergence, spec.run_uri, first.step, what)
+        culprit = pending[blamed[-1]]
+        what = f"step {culprit.step}: {spoilt or f'the loss is {float(culprit.result.loss)}'}"
+        if culprit.passed_over:
+            raise DivergedError(f"{what}, though it was passed over: an earlier step must have spoilt the weights")
+        decide(config.divergence, spec.run_uri, culprit.step, what)
         if spoilt:  # an update that was left out cannot be why
             raise DivergedError(f"{what}: there is nothing to go on with")
     pending.clear()
 
 
 def _is_bad(entry: _Pending, precision: str) -> bool:
-    # In half precision updates are left out while the scale finds its height.
-    left_out = entry.result.left_out and precision != "float16"
+    # In half precision updates are left out while the scale finds its height, which is above 1.
+    left_out = entry.result.left_out and (precision != "float16" or entry.result.scale < 1)
     return not entry.passed_over and (left_out or not bool(entry.result.loss.isfinite()))
 
 
@@ -255,6 +265,7 @@ class _RankZeroLog:
         self._plan, self._progress = spec.plan, spec.progress
         self._per_epoch = spec.plan.steps_per_epoch
         self._file = MetricsLog(spec.run_uri, first_step)
+        self._losses: deque[float] = deque(maxlen=LOSSES_BEFORE)
         self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
         # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
         for line in read_metrics(spec.run_uri):
@@ -275,8 +286,14 @@ class _RankZeroLog:
             lines.append(line)
             self._send(asdict(line) | {metric_names.DATA_WAIT_S: entry.data_wait_s})
         self._file.write(lines, durable)
+        self._losses.extend(line.loss for line in lines)
         if self._progress is not None and lines:
             self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
+
+    def losses_before(self, entries: list[_Pending]) -> list[str]:
+        """The last losses, those of ``entries``, which are not written yet, at the end."""
+        losses = [*self._losses, *(float(entry.result.loss) for entry in entries)]
+        return [str(loss) for loss in losses[-LOSSES_BEFORE:]]
 
     def _send(self, line: Mapping[str, Any]) -> None:
         """Give MLflow the numbers of a step that are numbers."""

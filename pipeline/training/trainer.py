@@ -42,7 +42,7 @@ class TrainedModel:
         model_uri: Folder of the exported model.
         fingerprint: SHA-256 of its weights.
         num_steps: Steps of the run.
-        final_loss: Mean loss of the last epoch's steps, without those that were left out.
+        final_loss: Mean of the last epoch's finite losses.
         images_per_second: Median over the steps.
     """
 
@@ -156,7 +156,9 @@ def _check_gpus(config: TrainConfig) -> None:
 def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
     filesystem, path = storage.resolve(storage.join(spec.run_uri, "ray"))
     reserved = config.num_workers * config.workers.cpus_per_worker
-    rollbacks = config.divergence.budget if config.divergence.policy == "rollback" else 0
+    failures = config.workers.max_failures
+    if config.divergence.policy == "rollback" and failures >= 0:  # -1: no limit
+        failures += config.divergence.budget
     quarantine = Quarantine(storage.join(spec.run_uri, QUARANTINE), config.stream.max_bad_images)
     return TorchTrainer(
         train_worker,
@@ -172,7 +174,7 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
             name="train",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.workers.max_failures + rollbacks),
+            failure_config=FailureConfig(max_failures=failures),
         ),
         # Asked again on every restart of the group: there a noted fatal error ends the run.
         datasets={TRAIN: functools.partial(placeholder_dataset, spec.run_uri)},
@@ -201,6 +203,6 @@ def _result(config: TrainConfig, plan: StreamPlan, run_uri: str) -> TrainedModel
         model_uri=model_uri,
         fingerprint=read_model_info(model_uri)["sha256"],
         num_steps=plan.total_steps,
-        final_loss=float(np.nanmean([line["loss"] for line in last_epoch])),
+        final_loss=float(np.mean([line["loss"] for line in last_epoch if np.isfinite(line["loss"])])),
         images_per_second=float(np.median([line["images_per_second"] for line in lines])),
     )

@@ -179,7 +179,8 @@ def _check_looking(group) -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(_weights(looking), before, strict=True))
     if rank_in(group) == world_size(group) - 1:
         hook.remove()
-    # The step behind is as if the one before had not been: scaled by a half, which changes no digit.
+    assert looking.scaler.get_scale() == 1.0
+    # The step behind is as if the one before had not been.
     plain.pass_over()
     expected, found = (step(*_share(group, 3)) for step in (plain, looking))
     assert torch.equal(found.loss, expected.loss)
@@ -190,6 +191,26 @@ def _check_looking(group) -> None:
 def test_an_update_that_is_not_finite_can_be_left_out():
     _check_looking(None)
     run_distributed(2, _check_looking)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_statistics_stay_as_they_were_too(precision):
+    torch.manual_seed(0)
+    model = LGAFConfig(backbone="micro", embedding_dim=8, num_heads=2, dropout=0.0).build()
+    head = ShardedMarginHead(NUM_CLASSES, 8, create_margin("adaface", scale=8.0))
+    step = TrainStep(model, head, RECIPE, Schedule(), NUM_STEPS, precision=precision, leave_out_non_finite=True)
+    before = {name: value.clone() for name, value in [*model.state_dict().items(), *head.state_dict().items()]}
+    hook = head.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+    assert step(*_batch(0)).left_out
+    after = dict([*model.state_dict().items(), *head.state_dict().items()])
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    hook.remove()
+    _scaled(step, 16.0)
+    assert not step(*_batch(1)).left_out
+    assert not torch.equal(head.margin_state.norm_mean, before["margin_state.norm_mean"])
+    with torch.no_grad():
+        next(iter(model.buffers())).fill_(torch.inf)
+    assert not step.is_finite()
 
 
 def _check_spoilt(group) -> None:

@@ -65,17 +65,14 @@ def named_train_job(arguments: list[str] | None = None) -> int:
     """Entry point of the job that takes the name of a preset first."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
-        Console().print(f"usage: train.py NAME [flags]; train.py NAME --help shows the flags.\n\n{_listed()}")
+        usage = "usage: train.py NAME [flags]; train.py NAME --help shows the flags."
+        Console().print(f"{usage}\n\nNames: {', '.join(presets.names())}", markup=False)
         return 0 if given else 2
 
     def known() -> None:
-        require_choice("the run", given[0], presets.names())
+        require_choice("NAME", given[0], presets.names())
 
     return run_job(known) or train_job(presets.preset(given[0]), given[1:])
-
-
-def _listed() -> str:
-    return "Names: " + ", ".join(presets.names())
 
 
 def _with_network(preset: TrainConfig, arguments: list[str]) -> TrainConfig:

@@ -151,7 +151,9 @@ def test_a_named_run_is_trained(monkeypatch, capsys):
     assert "table2_8_heads" in capsys.readouterr().err
     assert cli.named_train_job(["--help"]) == 0
     assert cli.named_train_job([]) == 2
-    assert _plain(capsys.readouterr().out).count("network_transface") == 2
+    usage = _plain(capsys.readouterr().out)
+    assert usage.count("network_transface") == 2
+    assert "NAME [flags]" in usage
     assert len(started) == 1
 
 

@@ -60,6 +60,7 @@ class Spills:
                 for bodies in threads.map(lambda file: self._read_file(file, first, stop), files):
                     for body in bodies:
                         merged += _samples(body)
+        pa.default_memory_pool().release_unused()  # the files' bytes: shards are made beside the samples now
         # Stable by file: among equal images the first one of the source stays the first.
         merged.sort(key=lambda sample: sample.key)
         return merged
@@ -185,7 +186,7 @@ def write_shards(task: GatherTask) -> list[ShardInfo]:
     if all(found):
         return [info for info in found if info is not None]
     spills: Spills = ray.get(task.spills)
-    samples = spills.read(*task.buckets)
+    samples: list[Any] = spills.read(*task.buckets)
     if task.drop_duplicates:
         samples = [sample for sample, repeated in zip(samples, is_repeated(samples), strict=True) if not repeated]
     del samples[: task.skip]
@@ -196,8 +197,10 @@ def write_shards(task: GatherTask) -> list[ShardInfo]:
     for (number, size), info in zip(task.shards, found, strict=True):
         if info is None:
             images = [sample.image for sample in samples[start : start + size]]
-            data = _shard_bytes(images, labels[start : start + size], task.first_sample + start)
-            info = _put(task, number, size, data)
+            info = _put(task, number, images, labels[start : start + size], task.first_sample + start)
+            del images
+        # What is in a shard need not be held any longer.
+        samples[start : start + size] = [None] * len(samples[start : start + size])
         written.append(info)
         start += size
     return written
@@ -219,15 +222,15 @@ def extension_of(image: bytes) -> str:
     return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else "jpg"
 
 
-def _put(task: GatherTask, number: int, size: int, data: bytes) -> ShardInfo:
-    uri = storage.join(task.output, shard_name(number))
+def _put(task: GatherTask, number: int, images: list[bytes], labels: list[int], first: int) -> ShardInfo:
+    """Write a shard and read it back."""
+    uri, data = storage.join(task.output, shard_name(number)), _shard_bytes(images, labels, first)
     storage.write_bytes(uri, data)
-    digest = hashlib.sha256(data).hexdigest()
+    digest, crc32, num_bytes = hashlib.sha256(data).hexdigest(), block_crc32(data), len(data)
+    del data  # before as much is read
     if hashlib.sha256(storage.read_bytes(uri)).hexdigest() != digest:
         raise PackError(f"{uri}: what was written is not what is read back")
-    info = ShardInfo(
-        name=shard_name(number), num_samples=size, num_bytes=len(data), sha256=digest, crc32=block_crc32(data)
-    )
+    info = ShardInfo(name=shard_name(number), num_samples=len(images), num_bytes=num_bytes, sha256=digest, crc32=crc32)
     storage.write_json(_note(task, number), asdict(info))
     return info
 

@@ -59,7 +59,7 @@ class PackSettings:
     seed: int = 0
     """Of the shuffle."""
     memory_mib: int = DEFAULT_MEMORY_MIB
-    """Images that a packing task holds (and one shard, if that is more); its process takes up to five times as much.
+    """Images that a packing task holds (and one shard, if that is more); its process takes about four times as much.
     More means fewer requests for a large source on an object store."""
 
     def __post_init__(self) -> None:

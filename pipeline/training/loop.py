@@ -206,17 +206,7 @@ def _flush(
         kept = pending[: blamed[-1]] if ends else pending
         for row in blamed:
             note_step(
-                spec.run_uri,
-                spec.plan.data,
-                pending[row].step,
-                batches[row],
-                {
-                    "epoch": pending[row].step // spec.plan.steps_per_epoch,
-                    "loss": str(float(pending[row].result.loss)),  # JSON has no word for nan
-                    "learning_rate": pending[row].result.learning_rate,
-                    "losses_before": log.losses_before(pending[:row]),
-                    "found": spoilt if row == len(pending) - 1 else "",
-                },
+                spec.run_uri, spec.plan.data, pending[row].step, batches[row], log.statistics(pending, row, spoilt)
             )
         log.write(kept, batches, durable)
     if bad:
@@ -290,10 +280,16 @@ class _RankZeroLog:
         if self._progress is not None and lines:
             self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
 
-    def losses_before(self, entries: list[_Pending]) -> list[str]:
-        """The last losses, those of ``entries``, which are not written yet, at the end."""
-        losses = [*self._losses, *(float(entry.result.loss) for entry in entries)]
-        return [str(loss) for loss in losses[-LOSSES_BEFORE:]]
+    def statistics(self, pending: list[_Pending], row: int, spoilt: str) -> dict[str, Any]:
+        """What is noted of the pending step ``row`` beside its samples; those before it are not written yet."""
+        losses = [*self._losses, *(float(entry.result.loss) for entry in pending[: row + 1])]
+        return {
+            "epoch": pending[row].step // self._per_epoch,
+            "learning_rate": pending[row].result.learning_rate,
+            "loss": str(losses[-1]),  # JSON has no word for nan
+            "losses_before": [str(loss) for loss in losses[:-1][-LOSSES_BEFORE:]],
+            "found": spoilt if row == len(pending) - 1 else "",
+        }
 
     def _send(self, line: Mapping[str, Any]) -> None:
         """Give MLflow the numbers of a step that are numbers."""

@@ -199,7 +199,7 @@ def test_data_packed_again_at_the_same_place_is_not_mixed_in(other_twin, capfd):
 
 def test_a_diverged_run_stops_at_once_and_says_so(first, place, capfd):
     wild = dataclasses.replace(SMALL.optimizer, learning_rate=1e30)
-    config = dataclasses.replace(SMALL, storage=str(place), run_name="wild", optimizer=wild, num_workers=1)
+    config = dataclasses.replace(SMALL, storage=str(place), run_name="wild", optimizer=wild)
     assert cli.run_job(lambda: _run(config)) == 1
     errors = capfd.readouterr().err.replace("\n", " ")
     assert "the run diverged; lower optimizer.learning_rate" in errors
@@ -247,18 +247,25 @@ def _flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd):
-    data = place / "damaged"
+@pytest.mark.parametrize(
+    ("name", "damage", "text"),
+    [
+        ("flipped", _flip, "corrupt, bytes 0 to"),
+        pytest.param("truncated", lambda data: data[: len(data) // 2], "truncated", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, name, damage, text):
+    data = place / name
     shutil.copytree(storage.local_path(first["data"].uri), data)
     shard = data / Manifest.load(str(data)).shards[1].name
-    shard.write_bytes(_flip(shard.read_bytes()))
-    config = dataclasses.replace(SMALL, storage=str(place), run_name="on-damaged", data=str(data))
+    shard.write_bytes(damage(shard.read_bytes()))
+    config = dataclasses.replace(SMALL, storage=str(place), run_name=f"on-{name}", data=str(data))
     code = cli.run_job(lambda: _run(config))
     errors = capfd.readouterr().err
     assert code == 1
-    assert "damaged/shard-000001.tar: corrupt, bytes 0 to" in errors.replace("\n", "")
+    assert f"{name}/shard-000001.tar: {text}" in errors.replace("\n", "")
     assert "Traceback" not in errors
-    assert committed_steps(str(place / "on-damaged")) == []
+    assert committed_steps(str(place / f"on-{name}")) == []
 
 
 @pytest.mark.parametrize(
@@ -284,14 +291,15 @@ def test_a_place_that_holds_no_data_is_named(first, place, capfd, change, text):
     assert "Traceback" not in errors
 
 
-def test_a_killed_driver_resumes_and_no_step_is_lost_or_doubled(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_driver_resumes_and_no_step_is_lost_or_doubled(tmp_path, num_workers):
     """Kill -9 of the driver in mid-run, then the same command: its Ray is its own, so nothing of it survives."""
     command = [sys.executable, str(ROOT / "jobs" / "train_demo.py"), "--storage", str(tmp_path), "--run-name", "killed"]
     command += ["--epochs", "20", "--batch-size", "32", "--model.backbone", "micro", "--model.embedding-dim", "16"]
     command += ["--pack.samples-per-shard", "20", "--pack.synthetic.num-identities", "8"]
     command += ["--pack.synthetic.images-per-identity", "17", "--pack.benchmark-pairs", "40"]
     command += ["--stream.block-rows", "16", "--workers.checkpoint-every-steps", "5", "--workers.log-every-steps", "1"]
-    command += ["--num-workers", "1"]
+    command += ["--num-workers", str(num_workers)]
     run_uri = str(tmp_path / "killed")
     log = (tmp_path / "log").open("w")
     driver = subprocess.Popen(command, stdout=log, stderr=log)

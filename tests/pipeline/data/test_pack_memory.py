@@ -23,7 +23,7 @@ MIB = 1 << 20
 SOURCE_BYTES = 2 << 30
 MEMORY_MIB = 64
 WORKER_MIB = 250  # of a Ray worker that has loaded the code and done nothing
-TIMES = 5  # as the docstring of PackSettings.memory_mib says
+TIMES = 4  # as the docstring of PackSettings.memory_mib says
 
 
 def varied_jpegs() -> list[bytes]:

@@ -9,7 +9,7 @@ ARGS ?=
 BENCH ?= pipeline
 TORCH_INDEX ?=
 
-.PHONY: train test test-all setup check bench submit lock fmt
+.PHONY: train test test-all test-chaos setup check bench submit lock fmt
 
 train: $(READY)
 	$(PYTHON) jobs/train_demo.py $(ARGS)
@@ -19,6 +19,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTHON) -m pytest $(ARGS)
+
+# Faults against whole jobs, about half an hour; the table of docs/faults.md comes out in outputs/chaos.md.
+test-chaos: $(READY)
+	$(PYTHON) -m pytest -m chaos tests/chaos $(ARGS)
 
 setup: $(READY)
 

@@ -6,23 +6,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any, Final, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Final, cast
 
 import tyro
 from rich.console import Console
 
-from lgaf.config import require_choice
+from lgaf.config import require_choice, require_in_range
 from lgaf.models import NETWORKS
 from pipeline import presets, storage
 from pipeline.config import TrainConfig, recipe, recipe_of
 from pipeline.console import JobDisplay, closing_table
 from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.sources import SYNTHETIC, detect_format
-from pipeline.errors import message, user_error
+from pipeline.errors import may_pass, message, user_error
 from pipeline.graph import run_graph
 from pipeline.runtime import ray_session
 from pipeline.stages import RunPlace, training_stages, wanted_sets
+from pipeline.stopping import StoppedError, exit_on_sigterm
+from pipeline.supervision import EXIT_INTERRUPTED, EXIT_MENDABLE, EXIT_RETRY, supervise
 from pipeline.tracking import runs
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.training.metrics_log import NAME as METRICS
@@ -31,13 +33,21 @@ DEBUG_VARIABLE: Final = "LGAF_DEBUG"
 
 
 def run_job(job: Callable[[], None]) -> int:
-    """Run a job and give its exit code: 0, 1 for an error (one line on stderr), 130 when interrupted."""
+    """Run a job and give its exit code.
+
+    0; 1 for an error that the user can mend, 75 for one that another attempt may not meet (one line on stderr either
+    way); 130 when interrupted, 143 after SIGTERM.
+    """
     errors = Console(stderr=True)
     try:
-        job()
+        with exit_on_sigterm():
+            job()
     except KeyboardInterrupt:
         errors.print("[red]interrupted[/]; the same command resumes the run")
-        return 130
+        return EXIT_INTERRUPTED
+    except StoppedError as error:
+        errors.print(f"[yellow]{error}[/]; the same command resumes the run")
+        return 128 + error.signal_number
     except Exception as error:
         known = user_error(error)
         if known is None or os.environ.get(DEBUG_VARIABLE):
@@ -46,18 +56,38 @@ def run_job(job: Callable[[], None]) -> int:
         errors.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True, highlight=False)
         if known is not None and not os.environ.get(DEBUG_VARIABLE):
             errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
-        return 1
+        return EXIT_RETRY if known is None or may_pass(known) else EXIT_MENDABLE
     return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainCommand:
+    """What a training job is told: the run, and what to do with it."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    retries: int = 0
+    """Further attempts when the job dies of something that another may not meet (killed, a lost cluster, a storage that
+    is away); each goes on from the last checkpoint."""
 
 
 def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
     """Entry point of the training jobs: a preset with what the command line changes in it."""
+    commands: list[TrainCommand] = []
+
+    def parse() -> None:
+        default = _with_network(preset, sys.argv[1:] if arguments is None else arguments)
+        description = f"Train: preset {preset.preset}."
+        command = TrainCommand(config=default)
+        commands.append(tyro.cli(TrainCommand, default=command, args=arguments, description=description))
+        require_in_range("retries", commands[0].retries, 0, 1 << 20)
 
     def job() -> None:
-        default = _with_network(preset, sys.argv[1:] if arguments is None else arguments)
-        config = tyro.cli(TrainConfig, default=default, args=arguments, description=f"Train: preset {preset.preset}.")
-        run_training(_with_place(config))
+        run_training(_with_place(commands[0].config))
 
+    if code := run_job(parse):
+        return code
+    if commands[0].retries:
+        return supervise([sys.executable, *sys.argv, "--retries", "0"], commands[0].retries)
     return run_job(job)
 
 
@@ -112,7 +142,7 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
             stages = training_stages(config, place, display.update)
             artefacts = run_graph(stages, storage.join(run_uri, "stages"), display.stage)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, StoppedError):
         status = "KILLED"
         raise
     finally:

@@ -134,16 +134,40 @@ class WorkersConfig:
     """Steps between checkpoints; there is one more at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_best_checkpoints: int = 1
+    """Of the others, as many stay, those with the lowest mean loss since the one before."""
+    storage_patience_s: float = 600.0
+    """How long the end of a run waits for a storage that is full or away. Before its end nothing waits: a checkpoint
+    that cannot be written is tried again beside the training."""
     log_every_steps: int = 10
     """Steps between writes of metrics (every step has its line all the same)."""
     max_failures: int = 3
-    """Restarts of the worker group, from the last checkpoint, before the run fails."""
+    """Restarts of the worker group, from the last checkpoint, before the run fails; -1: any number."""
+    hang_timeout_s: float = 1800.0
+    """A group of workers in which none got on for so long is started again, with a word on who held it up; 0: never.
+    Longer than any step, compilation or save takes."""
+    resize_interval_s: float = 60.0
+    """With two numbers of workers: how often the cluster is looked at for room."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("cpus_per_worker", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
+        for name in (
+            "cpus_per_worker",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "storage_patience_s",
+            "resize_interval_s",
+        ):
             require_positive(f"workers.{name}", getattr(self, name))
         require_in_range("workers.threads", self.threads, 0, 1024)
+        require_in_range("workers.keep_best_checkpoints", self.keep_best_checkpoints, 0, 1 << 20)
+        require_in_range("workers.max_failures", self.max_failures, -1, 1 << 30)
+        if self.hang_timeout_s and self.hang_timeout_s <= self.storage_patience_s:
+            raise ValueError(
+                f"workers.hang_timeout_s={self.hang_timeout_s:g} must be more than workers.storage_patience_s="
+                f"{self.storage_patience_s:g}: waiting for the storage is no hang; 0 never takes a run for hung"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,8 +198,9 @@ class TrainConfig:
     """Where everything goes: a folder or URI (file://, s3://)."""
     run_name: str = ""
     """Name of the run; the same name resumes it. Empty: the preset and a digest of the configuration."""
-    num_workers: int = 2
-    """Training workers; the samples of each global batch do not depend on it."""
+    num_workers: int | tuple[int, int] = 2
+    """Training workers; the samples of each global batch do not depend on it. Two numbers: as many as the cluster has
+    room for, at least the first and at most the second; they may become fewer and more while the run goes on."""
     seed: int = 0
     """Of everything random in training: weights, order, augmentation, dropout."""
     epochs: int = 26
@@ -202,8 +227,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check what no single part can; ``ValueError`` names the field, its value and what is valid."""
-        for name in ("num_workers", "epochs", "batch_size"):
+        for name in ("epochs", "batch_size"):
             require_positive(name, getattr(self, name))
+        require_positive("num_workers", self.fewest_workers)
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(
+                f"num_workers={self.num_workers} must be a number, or the fewest and then the most workers"
+            )
         require_choice("network", self.network, NETWORKS)
         if type(self.model) is not NETWORKS[self.network]:
             raise ValueError(f"network={self.network!r} goes with a {NETWORKS[self.network].__name__} as model")
@@ -216,8 +246,8 @@ class TrainConfig:
                 f"head.update='backward' goes with optimizer.kind='sgd' and optimizer.max_norm=0, not "
                 f"{self.optimizer.kind!r} and {self.optimizer.max_norm}"
             )
-        check_batch(self.batch_size, self.stream.num_streams, self.num_workers)
-        share = self.batch_size // self.num_workers
+        check_batch(self.batch_size, self.stream.num_streams, self.most_workers)
+        share = self.batch_size // self.most_workers
         if self.step.accumulate > max(1, share // 2):  # batch norm needs two samples
             raise ValueError(
                 f"step.accumulate={self.step.accumulate} leaves less than two samples a part of the {share} of a batch "
@@ -227,3 +257,13 @@ class TrainConfig:
             raise ValueError("step.gradient_compression='bfloat16' needs workers.use_gpu; float16 does not")
         if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):
             raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that a run needs."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a run takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -48,6 +48,11 @@ def user_error(error: BaseException) -> BaseException | None:
     return (specific or found or [None])[-1]
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether another attempt may not meet it: a place that could not be reached, not one that is not there."""
+    return isinstance(error, StorageError) and not isinstance(error, DATA_ERRORS)
+
+
 def message(error: BaseException) -> str:
     """The one line that says what is wrong, without the traceback that Ray puts into its copies."""
     inner = getattr(error, "cause", None)

@@ -85,7 +85,7 @@ class RetryPolicy:
         timeout_s: How long a connection may be silent before an attempt counts as failed.
     """
 
-    attempts: int = 8
+    attempts: int = 12  # a store that is away for a minute is waited for
     base_delay_s: float = 0.5
     max_delay_s: float = 20.0
     timeout_s: float = 30.0
@@ -115,7 +115,7 @@ def from_environment() -> RetryPolicy:
     """
     base = _number("LGAF_STORAGE_BACKOFF_S", 0.5, low=0.0, high=3600.0)
     return RetryPolicy(
-        attempts=int(_number("LGAF_STORAGE_ATTEMPTS", 8, low=1, high=1000, whole=True)),
+        attempts=int(_number("LGAF_STORAGE_ATTEMPTS", 12, low=1, high=1000, whole=True)),
         base_delay_s=base,
         max_delay_s=40 * base,
         timeout_s=_number("LGAF_STORAGE_TIMEOUT_S", 30.0, low=1.0, high=3600.0),

@@ -72,7 +72,7 @@ class PlannedDataConfig(ray.train.DataConfig):
     Args:
         plan: The run's samples.
         start_step: Asked on every (re)start of the worker group for the step to go on from.
-        reserved_cpus: CPUs of the cluster that the training workers keep for themselves.
+        cpus_per_worker: CPUs of the cluster that each training worker keeps for itself.
         quarantine: Where bad images go.
     """
 
@@ -80,11 +80,11 @@ class PlannedDataConfig(ray.train.DataConfig):
         self,
         plan: StreamPlan,
         start_step: Callable[[], int],
-        reserved_cpus: float = 0.0,
+        cpus_per_worker: float = 0.0,
         quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__(datasets_to_split="all")
-        self._plan, self._start_step, self._reserved_cpus = plan, start_step, reserved_cpus
+        self._plan, self._start_step, self._cpus_per_worker = plan, start_step, cpus_per_worker
         self._quarantine = quarantine
 
     def configure(
@@ -96,7 +96,7 @@ class PlannedDataConfig(ray.train.DataConfig):
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """One Ray Data iterator per rank; called by Ray Train."""
-        start, share = self._start_step(), Share.of_cluster(world_size, self._reserved_cpus)
+        start, share = self._start_step(), Share.of_cluster(world_size, world_size * self._cpus_per_worker)
         return [
             {
                 name: rank_dataset(self._plan, world_size, rank, start, share, self._quarantine).iterator()

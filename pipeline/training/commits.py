@@ -1,11 +1,13 @@
 """Which checkpoints of a run count, and with which the next start of the workers goes on.
 
-A checkpoint counts from the moment its marker is there, which is written last: a folder without one is what a kill left
-behind. Ray Train asks for all of this in processes of its own, at every start: nothing here loads torch.
+A checkpoint counts from the moment its marker is there, which is written last and says how long every file of it is: a
+folder without one is what a kill left behind. Ray Train asks for all of this in processes of its own, at every start:
+nothing here loads torch.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any, Final
 
@@ -15,12 +17,21 @@ from pipeline import storage
 from pipeline.training.failure import fatal_message
 
 MARKER: Final = "COMMITTED.json"
+DAMAGED: Final = "DAMAGED.json"
 _FOLDER = re.compile(r"checkpoints/step_(\d+)/")
+
+_logger = logging.getLogger(__name__)
 
 
 def checkpoint_uri(run_uri: str, step: int) -> str:
     """Folder of the checkpoint after ``step`` steps."""
     return storage.join(run_uri, "checkpoints", f"step_{step:08d}")
+
+
+def read_marker(run_uri: str, step: int) -> dict[str, Any]:
+    """What the marker of a committed checkpoint says: ``step``, ``files`` (size and sha256 by name), and more."""
+    marker: dict[str, Any] = storage.read_json(storage.join(checkpoint_uri(run_uri, step), MARKER))
+    return marker
 
 
 def committed_steps(run_uri: str) -> list[int]:
@@ -29,14 +40,66 @@ def committed_steps(run_uri: str) -> list[int]:
 
 
 def latest_step(run_uri: str) -> int:
-    """Steps done at the newest committed checkpoint; 0 where there is none."""
-    return max(committed_steps(run_uri), default=0)
+    """Steps done at the newest committed checkpoint whose files are all there in full; 0 where there is none at all.
 
-
-def prune(run_uri: str, keep: int) -> None:
-    """Delete all but the newest ``keep`` committed checkpoints, the remains of unfinished ones too."""
+    Raises:
+        StorageError: There are committed checkpoints, and all of them are damaged.
+    """
     files = storage.list_files(storage.join(run_uri, "checkpoints"))
-    for step in set(_steps(files)) - set(_steps(files, of=f"/{MARKER}")[-keep:]):
+    sizes = {info.uri: info.num_bytes for info in files}
+    damage: list[str] = []
+    for step in reversed(_steps(files, of=f"/{MARKER}")):
+        found = _damage(run_uri, step, sizes)
+        if not found:
+            if damage:
+                _logger.warning("going on from the checkpoint of step %d: %s", step, "; ".join(damage))
+            return step
+        damage.append(found)
+    # What a loading worker found to be damaged counts too.
+    damage += [f"{checkpoint_uri(run_uri, step)}: is damaged" for step in _steps(files, of=f"/{DAMAGED}")]
+    if damage:
+        raise storage.StorageError(
+            f"{'; '.join(damage)}: no checkpoint of the run is whole; delete "
+            f"{storage.join(run_uri, 'checkpoints')} to start it from the beginning"
+        )
+    return 0
+
+
+def _damage(run_uri: str, step: int, sizes: dict[str, int]) -> str:
+    """The first file of a checkpoint that is not as long as its marker says; empty where all are."""
+    folder = checkpoint_uri(run_uri, step)
+    for name, expected in read_marker(run_uri, step).get("files", {}).items():
+        uri = storage.join(folder, name)
+        found = sizes.get(uri)
+        if found != expected["num_bytes"]:
+            what = "is not there" if found is None else f"has {found} bytes"
+            return f"{uri}: {what} where {MARKER} says {expected['num_bytes']} bytes"
+    return ""
+
+
+def mark_damaged(run_uri: str, step: int, reason: str) -> None:
+    """Let a checkpoint count no more; it is swept with the next commit."""
+    folder = checkpoint_uri(run_uri, step)
+    storage.write_json(storage.join(folder, DAMAGED), {"step": step, "reason": reason})
+    storage.delete_file(storage.join(folder, MARKER))
+
+
+def prune(run_uri: str, keep: int, keep_best: int = 0) -> None:
+    """Delete checkpoints that are not needed, the remains of unfinished ones too.
+
+    Args:
+        run_uri: Folder of the run.
+        keep: Newest committed checkpoints that stay.
+        keep_best: As many of the others stay, those with the lowest loss.
+    """
+    files = storage.list_files(storage.join(run_uri, "checkpoints"))
+    committed = _steps(files, of=f"/{MARKER}")
+    stays = set(committed[-keep:])
+    if keep_best:
+        losses = [(read_marker(run_uri, step).get("loss"), -step) for step in committed[:-keep]]
+        ranked = sorted(entry for entry in losses if isinstance(entry[0], int | float))
+        stays |= {-negative for _, negative in ranked[:keep_best]}
+    for step in set(_steps(files)) - stays:
         storage.delete_tree(checkpoint_uri(run_uri, step))
 
 

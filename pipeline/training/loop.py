@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -26,22 +23,15 @@ from pipeline.data.order import rank_slots
 from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
-from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
-from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
-from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
+from pipeline.training.pulse import Pulse, StopVote
+from pipeline.training.step_log import PendingStep, StepLog
 
 MODEL_FOLDER = "model"
-LOSSES_BEFORE = 20  # that are noted with a step that is not finite
-FILED_METRICS = (
-    metric_names.LOSS,
-    metric_names.LEARNING_RATE,
-    metric_names.EPOCH,
-    metric_names.IMAGES_PER_SECOND,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +44,7 @@ class LoopSpec:
         plan: Its samples.
         tracking_uri: MLflow store.
         mlflow_run_id: Run to log to.
-        progress: Actor that is told how far the run is (method ``update``), or None.
+        board: Actor that knows how far each worker is (`pipeline.training.pulse`), or None.
     """
 
     config: TrainConfig
@@ -62,18 +52,7 @@ class LoopSpec:
     plan: StreamPlan
     tracking_uri: str
     mlflow_run_id: str
-    progress: Any = None
-
-
-class _Pending(NamedTuple):
-    """A step whose loss is not read yet: reading it would wait for the device."""
-
-    step: int
-    result: StepResult
-    passed_over: bool
-    seconds: float
-    data_wait_s: float
-    indices: np.ndarray
+    board: Any = None
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -88,54 +67,173 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
 
 def _train(spec: LoopSpec) -> None:
-    config, plan = spec.config, spec.plan
     step = build_train_step(spec, dist.group.WORLD)
     first = latest_step(spec.run_uri)
     if first:
         restore_checkpoint(spec.run_uri, first, step)
-    log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
-    if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
-        _train_steps(spec, step, log)
+    pulse = Pulse(spec.board, step.group)
+    log = None
+    if rank_in(step.group) == 0:
+        sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
+        log = StepLog(spec.run_uri, first, spec.plan, sink, spec.board)
+    # Else a kill came between the last checkpoint and the export.
+    is_complete = first == spec.plan.total_steps or _Attempt(spec, step, log, pulse).run()
+    pulse.at(step.num_steps_done, "end")
     if log is not None:
-        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
+        if is_complete:
+            model_uri = storage.join(spec.run_uri, MODEL_FOLDER)
+            save_model(model_uri, spec.config.model, step.exported_model.state_dict())
         log.close()
     dist.barrier()
+    pulse.close()
 
 
-def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> None:
-    config, plan = spec.config, spec.plan
-    sizes = [high - low for low, high in _slots(step, plan)]
-    batches = BatchAssembler(
-        iter(
-            ray.train.get_dataset_shard(TRAIN).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-        ),
-        sizes[rank_in(step.group)],
-    )
-    pending: list[_Pending] = []
-    to_pass = passed_over(spec.run_uri) if config.divergence.policy == "rollback" else set()
-    last_time = time.perf_counter()
-    for number in range(step.num_steps_done, plan.total_steps):
+class _Attempt:
+    """The steps from a checkpoint to the end, or to where the workers are asked to stop."""
+
+    def __init__(self, spec: LoopSpec, step: TrainStep, log: StepLog | None, pulse: Pulse) -> None:
+        self._spec, self._step, self._log, self._pulse = spec, step, log, pulse
+        self._config, self._plan = spec.config, spec.plan
+        workers = world_size(step.group)
+        slots = [rank_slots(self._plan.batch, workers, rank) for rank in range(workers)]
+        self._sizes = [high - low for low, high in slots]
+        rows = ray.train.get_dataset_shard(TRAIN).iter_batches(
+            batch_size=None, batch_format="numpy", prefetch_batches=1
+        )
+        self._batches = BatchAssembler(iter(rows), self._sizes[rank_in(step.group)])
+        self._checkpointer = Checkpointer(
+            spec.run_uri,
+            step,
+            keep=self._config.workers.keep_checkpoints,
+            keep_best=self._config.workers.keep_best_checkpoints,
+            details={"world_size": workers, "data_fingerprint": self._plan.data.fingerprint},
+            before_commit=log.make_durable if log is not None else None,
+        )
+        self._vote = StopVote(step.group)
+        self._leaves = False  # this rank's node is being taken away
+        self._pending: list[PendingStep] = []
+        self._losses: list[float] = []  # since the last checkpoint
+        self._to_pass = passed_over(spec.run_uri) if self._config.divergence.policy == "rollback" else set()
+        self._last_time = time.perf_counter()
+        self._save_is_owed = False
+
+    def run(self) -> bool:
+        """Whether the run is complete."""
+        for number in range(self._step.num_steps_done, self._plan.total_steps):
+            if self._vote.cast(self._pulse.asked_to_stop or self._leaves):
+                if self._flush(saves=True):
+                    self._save_now()
+                return False
+            self._one_step(number)
+        return True
+
+    def _one_step(self, number: int) -> None:
+        workers = self._config.workers
         asked = time.perf_counter()
-        batch = next(batches)
+        self._pulse.at(number, "data")
+        batch = next(self._batches)
         data_wait_s = time.perf_counter() - asked
+        self._pulse.at(number, "step")
+        spoilt, passes = "", number in self._to_pass
         try:
-            result = step.pass_over() if number in to_pass else step(*_to_tensors(batch), sizes=sizes)
-            spoilt = ""
+            result = self._step.pass_over() if passes else self._step(*_to_tensors(batch), sizes=self._sizes)
         except NonFiniteEmbeddingError as error:  # on every rank alike
             result, spoilt = StepResult(torch.tensor(torch.nan), 0.0), str(error)
         now = time.perf_counter()
-        pending.append(_Pending(number, result, number in to_pass, now - last_time, data_wait_s, batch.indices))
-        last_time = now
+        self._pending.append(PendingStep(number, result, passes, now - self._last_time, data_wait_s, batch.indices))
+        self._last_time = now
         done = number + 1
-        saves = done % config.workers.checkpoint_every_steps == 0 or done == plan.total_steps
-        if saves and not spoilt and not step.is_finite():
-            spoilt = "weights are not finite"  # a checkpoint of them would be one to fall back on
-        if saves or spoilt or done % config.workers.log_every_steps == 0:
-            _flush(spec, pending, step, log, durable=saves, spoilt=spoilt)
+        is_last = done == self._plan.total_steps
+        saves = is_last or self._save_is_owed or done % workers.checkpoint_every_steps == 0
+        if saves or spoilt or done % workers.log_every_steps == 0:
+            self._flush(saves, spoilt)
+        if is_last:
+            self._save_now()
+        elif saves:
+            self._pulse.at(number, "save")
+            loss = float(np.mean(self._losses)) if self._losses else None
+            self._save_is_owed = not self._checkpointer.save(loss)
+            if not self._save_is_owed:
+                self._losses.clear()
         if saves:
-            details = {"world_size": world_size(step.group), "data_fingerprint": plan.data.fingerprint}
-            save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
-            last_time = time.perf_counter()  # a save is not part of any step's time
+            self._last_time = time.perf_counter()  # a save is not part of any step's time
+
+    def _save_now(self) -> None:
+        self._pulse.at(self._step.num_steps_done, "save")
+        loss = float(np.mean(self._losses)) if self._losses else None
+        self._checkpointer.save_now(self._config.workers.storage_patience_s, loss)
+
+    def _flush(self, saves: bool, spoilt: str = "") -> bool:
+        """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this.
+
+        Args:
+            saves: Whether a checkpoint is about to count on it.
+            spoilt: Why the last step's weights are of no use; empty: they are not known to be.
+
+        Returns:
+            Whether the weights may be saved; only steps that were never looked at can make it False.
+
+        Raises:
+            DivergedError: A step is not finite (on every rank alike) and the run ends.
+            RollbackError: Likewise, and it goes on from the last checkpoint.
+        """
+        pending, step = self._pending, self._step
+        if saves and not spoilt and not step.is_finite():
+            if not pending:
+                return False
+            spoilt = "weights are not finite"  # a checkpoint of them would be one to fall back on
+        if not pending:
+            return True
+        self._pulse.at(step.num_steps_done, "log")
+        # Ray tells rank 0's to all; every rank asks alike.
+        self._leaves = ray.train.get_preemption_info() is not None
+        bad = [row for row, entry in enumerate(pending) if _is_bad(entry, self._config.precision)]
+        if spoilt and (not bad or bad[-1] != len(pending) - 1):
+            bad.append(len(pending) - 1)
+        skips = self._config.divergence.policy == "skip"
+        blamed = bad if skips else bad[:1]
+        ends = bool(spoilt) or (bool(bad) and not skips)
+        self._report(pending[: blamed[-1]] if ends else pending, blamed, spoilt)
+        if blamed:
+            self._decide(pending[blamed[-1]], spoilt)
+        pending.clear()
+        return True
+
+    def _report(self, kept: list[PendingStep], blamed: list[int], spoilt: str) -> None:
+        """Write the lines of the steps that stay, and note those that are not finite."""
+        batches = self._global_batches()
+        self._losses += [float(entry.result.loss) for entry in kept if entry.result.loss.isfinite()]
+        if (log := self._log) is None:
+            return
+        for row in blamed:
+            statistics = log.statistics(self._pending, row, spoilt)
+            note_step(self._spec.run_uri, self._plan.data, self._pending[row].step, batches[row], statistics)
+        log.write(kept, batches)
+        if len(kept) < len(self._pending):  # the workers end here
+            log.settle()
+
+    def _decide(self, culprit: PendingStep, spoilt: str) -> None:
+        """Go on after a step that is not finite, or raise."""
+        if self._step.group is not None:
+            dist.barrier(self._step.group)  # the notes are there, for all ranks and for the next start
+        what = f"step {culprit.step}: {spoilt or f'the loss is {float(culprit.result.loss)}'}"
+        if culprit.passed_over:
+            raise DivergedError(f"{what}, though it was passed over: an earlier step must have spoilt the weights")
+        decide(self._config.divergence, self._spec.run_uri, culprit.step, what)
+        if spoilt:  # an update that was left out cannot be why
+            raise DivergedError(f"{what}: there is nothing to go on with")
+
+    def _global_batches(self) -> list[np.ndarray]:
+        """The sample indices of each pending step's global batch, in order."""
+        own = np.full((len(self._pending), max(self._sizes)), -1, np.int64)
+        for row, entry in enumerate(self._pending):
+            own[row, : len(entry.indices)] = entry.indices
+        device = self._step.device
+        everyone = all_gather_stack(torch.from_numpy(own).to(device), self._step.group).cpu().numpy()
+        return [
+            np.concatenate([everyone[rank, row, :size] for rank, size in enumerate(self._sizes)])
+            for row in range(len(self._pending))
+        ]
 
 
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
@@ -177,125 +275,7 @@ def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(batch.images), torch.tensor(batch.labels)
 
 
-def _flush(
-    spec: LoopSpec, pending: list[_Pending], step: TrainStep, log: _RankZeroLog | None, durable: bool, spoilt: str
-) -> None:
-    """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this.
-
-    Args:
-        spec: Of the run.
-        pending: Steps since the last time.
-        step: The step.
-        log: Of rank 0.
-        durable: Whether a checkpoint is about to count on the lines.
-        spoilt: Why the last step's weights are of no use; empty: they are not known to be.
-
-    Raises:
-        DivergedError: A step is not finite (on every rank alike) and the run ends.
-        RollbackError: Likewise, and it goes on from the last checkpoint.
-    """
-    config = spec.config
-    batches = _global_batches(pending, step, spec.plan)
-    bad = [row for row, entry in enumerate(pending) if _is_bad(entry, config.precision)]
-    if spoilt and (not bad or bad[-1] != len(pending) - 1):
-        bad.append(len(pending) - 1)
-    skips = config.divergence.policy == "skip"
-    blamed = bad if skips else bad[:1]
-    ends = bool(spoilt) or (bool(bad) and not skips)
-    if log is not None:
-        kept = pending[: blamed[-1]] if ends else pending
-        for row in blamed:
-            note_step(
-                spec.run_uri, spec.plan.data, pending[row].step, batches[row], log.statistics(pending, row, spoilt)
-            )
-        log.write(kept, batches, durable)
-    if bad:
-        if step.group is not None:
-            dist.barrier(step.group)  # the notes are there, for all ranks and for the next start
-        culprit = pending[blamed[-1]]
-        what = f"step {culprit.step}: {spoilt or f'the loss is {float(culprit.result.loss)}'}"
-        if culprit.passed_over:
-            raise DivergedError(f"{what}, though it was passed over: an earlier step must have spoilt the weights")
-        decide(config.divergence, spec.run_uri, culprit.step, what)
-        if spoilt:  # an update that was left out cannot be why
-            raise DivergedError(f"{what}: there is nothing to go on with")
-    pending.clear()
-
-
-def _is_bad(entry: _Pending, precision: str) -> bool:
+def _is_bad(entry: PendingStep, precision: str) -> bool:
     # In half precision updates are left out while the scale finds its height, which is above 1.
     left_out = entry.result.left_out and (precision != "float16" or entry.result.scale < 1)
     return not entry.passed_over and (left_out or not bool(entry.result.loss.isfinite()))
-
-
-def _global_batches(pending: list[_Pending], step: TrainStep, plan: StreamPlan) -> list[np.ndarray]:
-    """The sample indices of each pending step's global batch, in order."""
-    slots = _slots(step, plan)
-    longest = max(high - low for low, high in slots)
-    own = np.full((len(pending), longest), -1, np.int64)
-    for row, entry in enumerate(pending):
-        own[row, : len(entry.indices)] = entry.indices
-    everyone = all_gather_stack(torch.from_numpy(own).to(step.device), step.group).cpu().numpy()
-    return [
-        np.concatenate([everyone[rank, row, : high - low] for rank, (low, high) in enumerate(slots)])
-        for row in range(len(pending))
-    ]
-
-
-def _slots(step: TrainStep, plan: StreamPlan) -> list[tuple[int, int]]:
-    """What each rank has of a global batch."""
-    workers = world_size(step.group)
-    return [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
-
-
-class _RankZeroLog:
-    """Where rank 0 reports: ``metrics.jsonl``, MLflow, and the progress display."""
-
-    def __init__(self, spec: LoopSpec, first_step: int) -> None:
-        self._plan, self._progress = spec.plan, spec.progress
-        self._per_epoch = spec.plan.steps_per_epoch
-        self._file = MetricsLog(spec.run_uri, first_step)
-        self._losses: deque[float] = deque(maxlen=LOSSES_BEFORE)
-        self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
-        # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
-        for line in read_metrics(spec.run_uri):
-            self._send(line)
-
-    def write(self, entries: list[_Pending], batches: list[np.ndarray], durable: bool) -> None:
-        """Write the lines of some steps; ``durable`` before a checkpoint counts on them."""
-        lines = []
-        for entry, batch in zip(entries, batches, strict=False):  # a run may end before the last of the batches
-            line = StepMetrics(
-                step=entry.step,
-                epoch=entry.step // self._per_epoch,
-                loss=float(entry.result.loss),
-                lr=entry.result.learning_rate,
-                images_per_second=self._plan.batch / entry.seconds,
-                samples_digest=hashlib.sha256(batch.astype("<i8").tobytes()).hexdigest(),
-            )
-            lines.append(line)
-            self._send(asdict(line) | {metric_names.DATA_WAIT_S: entry.data_wait_s})
-        self._file.write(lines, durable)
-        self._losses.extend(line.loss for line in lines)
-        if self._progress is not None and lines:
-            self._progress.update.remote(lines[-1].step + 1, lines[-1].loss, lines[-1].images_per_second)
-
-    def statistics(self, pending: list[_Pending], row: int, spoilt: str) -> dict[str, Any]:
-        """What is noted of the pending step ``row`` beside its samples; those before it are not written yet."""
-        losses = [*self._losses, *(float(entry.result.loss) for entry in pending[: row + 1])]
-        return {
-            "epoch": pending[row].step // self._per_epoch,
-            "learning_rate": pending[row].result.learning_rate,
-            "loss": str(losses[-1]),  # JSON has no word for nan
-            "losses_before": [str(loss) for loss in losses[:-1][-LOSSES_BEFORE:]],
-            "found": spoilt if row == len(pending) - 1 else "",
-        }
-
-    def _send(self, line: Mapping[str, Any]) -> None:
-        """Give MLflow the numbers of a step that are numbers."""
-        found = {name: line[name] for name in (*FILED_METRICS, metric_names.DATA_WAIT_S) if name in line}
-        self._sink.put(line["step"], {name: value for name, value in found.items() if np.isfinite(value)})
-
-    def close(self) -> None:
-        """Send what MLflow does not have yet."""
-        self._sink.close()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pipeline import storage
 
 NAME: Final = "metrics.jsonl"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,28 +41,61 @@ class MetricsLog:
     """Appends lines; on opening it drops those of steps that a resumed run will do again.
 
     On a file system each write appends. An object store has no append: there, the whole file is put again, which is
-    done only where it must be durable, before a checkpoint counts on it.
+    done only where it must be durable, before a checkpoint counts on it. A storage that is full or away does not stop
+    who writes: lines are kept until it takes them, and no checkpoint counts before.
     """
 
     def __init__(self, run_uri: str, first_step: int) -> None:
         self._uri = storage.join(run_uri, NAME)
         kept = [line for line in read_metrics(run_uri) if line["step"] < first_step]
-        self._lines = "".join(json.dumps(line) + "\n" for line in kept)
-        storage.write_bytes(self._uri, self._lines.encode())
-
-    def write(self, metrics: list[StepMetrics], durable: bool = True) -> None:
-        """Append the lines of some steps; with ``durable`` they are safe when this returns."""
-        lines = "".join(json.dumps(asdict(line)) + "\n" for line in metrics)
+        self._stored = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        self._num_bytes = len(self._stored)
+        self._waiting = b""
+        self._lock = threading.Lock()  # training writes, the thread that commits a checkpoint makes sure
+        self._warned = False
+        storage.write_bytes(self._uri, self._stored)
         if storage.is_local(self._uri):
-            with storage.local_path(self._uri).open("a") as file:
-                file.write(lines)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            return
-        self._lines += lines
-        if durable:
-            storage.write_bytes(self._uri, self._lines.encode())
+            self._stored = b""  # the file has it
+
+    def write(self, metrics: list[StepMetrics]) -> None:
+        """Take the lines of some steps; a file has them when this returns, if its disk takes them."""
+        with self._lock:
+            self._waiting += "".join(json.dumps(asdict(line)) + "\n" for line in metrics).encode()
+            if not storage.is_local(self._uri):
+                return
+            try:
+                self._append(durable=False)
+            except OSError as error:
+                if not self._warned:
+                    self._warned = True
+                    _logger.warning("%s: cannot be written, its lines are kept and written later: %s", self._uri, error)
+
+    def make_durable(self) -> None:
+        """Make sure that all lines so far are safe.
+
+        Raises:
+            StorageError: They cannot be written; they are kept.
+            OSError: Likewise.
+        """
+        with self._lock:
+            if storage.is_local(self._uri):
+                self._append(durable=True)
+                return
+            content = self._stored + self._waiting
+            storage.write_bytes(self._uri, content)
+            self._stored, self._waiting = content, b""
+
+    def _append(self, durable: bool) -> None:
+        with storage.local_path(self._uri).open("r+b") as file:
+            # Not at the end: a disk that was full may have taken half of a line.
+            file.seek(self._num_bytes)
+            file.write(self._waiting)
+            file.truncate()
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        self._num_bytes += len(self._waiting)
+        self._waiting = b""
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:

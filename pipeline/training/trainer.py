@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -22,16 +24,20 @@ from pipeline.data.quarantine import NAME as QUARANTINE
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.stream import TRAIN, PlannedDataConfig
 from pipeline.data.stream_plan import StreamPlan
-from pipeline.model_store import read_model_info
+from pipeline.model_store import CONFIG, read_model_info
 from pipeline.runtime import is_on_cluster
-from pipeline.training.commits import MARKER, checkpoint_uri, latest_step, placeholder_dataset
+from pipeline.stopping import StoppedError, StopSignals
+from pipeline.training.commits import latest_step, placeholder_dataset, read_marker
 from pipeline.training.failure import clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
+from pipeline.training.pulse import ANSWER_S, Look, find_hang, make_board
 
 POLL_S = 0.5
 
 OnProgress = Callable[[int, int, float, float], None]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,23 +59,9 @@ class TrainedModel:
     images_per_second: float
 
 
-@ray.remote(num_cpus=0)
-class _ProgressBoard:
-    """How far the run is: rank 0 tells it, the driver asks it. Works wherever the workers are."""
-
-    def __init__(self) -> None:
-        self._latest: tuple[int, float, float] | None = None
-
-    def update(self, steps_done: int, loss: float, images_per_second: float) -> None:
-        self._latest = (steps_done, loss, images_per_second)
-
-    def latest(self) -> tuple[int, float, float] | None:
-        return self._latest
-
-
 def stream_plan(config: TrainConfig, data: Manifest | Mixture) -> StreamPlan:
     """Which samples a run trains on; ``ValueError`` if there are too few of them, or of people."""
-    if data.num_classes < config.num_workers:
+    if data.num_classes < config.most_workers:
         raise ValueError(f"num_workers={config.num_workers} is more than the {data.num_classes} people of the data")
     return StreamPlan(
         data=data,
@@ -91,6 +83,9 @@ def train(
 ) -> TrainedModel:
     """Train a run from its newest checkpoint, or from the start, to its end.
 
+    A worker's death, a node's, or that of Ray Train's controller starts the workers again from the newest checkpoint.
+    SIGTERM and the first Ctrl-C end it with a checkpoint.
+
     Args:
         config: Of the run.
         data: The packed data.
@@ -101,41 +96,47 @@ def train(
 
     Raises:
         FatalTrainingError: The data are bad; the message names the shard.
+        StoppedError: A signal asked for it; the last checkpoint has everything.
         TrainingFailedError: Workers died more often than ``workers.max_failures``.
+        StorageError: The last checkpoint could not be written, or none can be read.
     """
     plan = stream_plan(config, data)
     _check_same_data(data, run_uri)
     _check_gpus(config)
     clear_fatal(run_uri)
-    board: Any = _ProgressBoard.remote()  # type: ignore[attr-defined]
-    spec = LoopSpec(
-        config=config,
-        run_uri=run_uri,
-        plan=plan,
-        tracking_uri=tracking_uri,
-        mlflow_run_id=mlflow_run_id,
-        progress=board,
-    )
-    trainer = _trainer(config, spec)
-    finished = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, plan.total_steps, on_progress, finished), daemon=True)
-    watcher.start()
-    try:
-        trainer.fit()
-    except Exception:
-        raise_fatal(run_uri)  # the plain reason instead of Ray's wrapping of it
-        raise
-    finally:
-        finished.set()
-        watcher.join()
-    return _result(config, plan, run_uri)
+    controllers_lost = 0
+    with StopSignals() as signals:
+        while True:
+            board = make_board()
+            spec = LoopSpec(
+                config=config,
+                run_uri=run_uri,
+                plan=plan,
+                tracking_uri=tracking_uri,
+                mlflow_run_id=mlflow_run_id,
+                board=board,
+            )
+            try:
+                _Fit(config, spec, signals, on_progress).run()
+            except RayActorError as error:  # Ray starts workers again, but not what watches over them
+                controllers_lost += 1
+                if config.workers.max_failures >= 0 and controllers_lost > config.workers.max_failures:
+                    raise
+                _logger.warning("Ray Train's controller died, training goes on with another: %s", _first_line(error))
+                continue
+            done = latest_step(run_uri)
+            if done == plan.total_steps and storage.exists(storage.join(run_uri, MODEL_FOLDER, CONFIG)):
+                return _result(config, plan, run_uri)
+            if signals.received:
+                raise StoppedError(signals.received, f"stopped after {done} of {plan.total_steps} steps")
+            _logger.warning("a node of the run is being taken away: going on elsewhere from step %d", done)
 
 
 def _check_same_data(data: Manifest | Mixture, run_uri: str) -> None:
     done = latest_step(run_uri)
     if not done:
         return
-    before = storage.read_json(storage.join(checkpoint_uri(run_uri, done), MARKER))["data_fingerprint"]
+    before = read_marker(run_uri, done)["data_fingerprint"]
     if before != data.fingerprint:
         raise ManifestError(
             f"{data.uri}: the run was trained on data with fingerprint {before[:12]}, "
@@ -146,29 +147,92 @@ def _check_same_data(data: Manifest | Mixture, run_uri: str) -> None:
 def _check_gpus(config: TrainConfig) -> None:
     """On a machine of its own, refuse what Ray would wait for without end; a cluster may still grow."""
     found = int(ray.cluster_resources().get("GPU", 0))
-    if config.workers.use_gpu and found < config.num_workers and not is_on_cluster():
+    if config.workers.use_gpu and found < config.fewest_workers and not is_on_cluster():
         raise ValueError(
             f"num_workers={config.num_workers} with workers.use_gpu need as many GPUs, this machine has {found}: "
             "take fewer workers, or --workers.no-use-gpu"
         )
 
 
+class _Fit:
+    """One controller of Ray Train, which is run by a thread; this one shows progress and watches over the workers."""
+
+    def __init__(
+        self, config: TrainConfig, spec: LoopSpec, signals: StopSignals, on_progress: OnProgress | None
+    ) -> None:
+        self._config, self._spec, self._signals, self._on_progress = config, spec, signals, on_progress
+        self._error: BaseException | None = None
+        self._asked_to_stop = False
+        self._group = 0
+
+    def run(self) -> None:
+        thread = threading.Thread(target=self._train, args=(_trainer(self._config, self._spec),), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self._watch()
+        self._watch()
+        if self._error is not None:
+            raise_fatal(self._spec.run_uri)  # the plain reason instead of Ray's wrapping of it
+            raise self._error
+
+    def _train(self, trainer: Any) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._error = error
+
+    def _watch(self) -> None:
+        board = self._spec.board
+        if self._signals.received and not self._asked_to_stop:
+            self._asked_to_stop = True
+            board.ask_to_stop.remote()
+        try:
+            look: Look = ray.get(board.look.remote(), timeout=ANSWER_S)
+        except Exception as error:  # the display must never end a run
+            _logger.debug("the board does not answer: %s", error)
+            return
+        for warning in look.warnings:
+            _logger.warning("%s", warning)
+        if self._on_progress is not None and look.progress is not None:
+            steps, loss, rate = look.progress
+            self._on_progress(steps, self._spec.plan.total_steps, loss, rate)
+        self._tell_of_new_group(look)
+        timeout_s = self._config.workers.hang_timeout_s
+        hang = find_hang(look.positions, look.now, timeout_s) if timeout_s else None
+        if hang is not None:
+            _logger.warning("the run hangs, the workers are started again: %s", hang.diagnosis)
+            board.give_up.remote(hang.ranks)
+
+    def _tell_of_new_group(self, look: Look) -> None:
+        if not look.positions or look.positions[0].group == self._group:
+            return
+        newest = look.positions[0]
+        if self._group:
+            _logger.warning(
+                "the workers were started again, %d of them, from step %d",
+                newest.world_size,
+                min(place.step for place in look.positions),
+            )
+        self._group = newest.group
+
+
 def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
     filesystem, path = storage.resolve(storage.join(spec.run_uri, "ray"))
-    reserved = config.num_workers * config.workers.cpus_per_worker
-    failures = config.workers.max_failures
+    workers = config.workers
+    failures = workers.max_failures
     if config.divergence.policy == "rollback" and failures >= 0:  # -1: no limit
         failures += config.divergence.budget
     quarantine = Quarantine(storage.join(spec.run_uri, QUARANTINE), config.stream.max_bad_images)
     return TorchTrainer(
         train_worker,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.workers.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
-            use_gpu=config.workers.use_gpu,
-            resources_per_worker={"CPU": config.workers.cpus_per_worker}
-            | ({"GPU": 1} if config.workers.use_gpu else {}),
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
+            elastic_resize_monitor_interval_s=workers.resize_interval_s,
         ),
         run_config=RunConfig(
             name="train",
@@ -178,21 +242,14 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
         ),
         # Asked again on every restart of the group: there a noted fatal error ends the run.
         datasets={TRAIN: functools.partial(placeholder_dataset, spec.run_uri)},
-        dataset_config=PlannedDataConfig(spec.plan, functools.partial(latest_step, spec.run_uri), reserved, quarantine),
+        dataset_config=PlannedDataConfig(
+            spec.plan, functools.partial(latest_step, spec.run_uri), workers.cpus_per_worker, quarantine
+        ),
     )
 
 
-def _watch(board: Any, total: int, on_progress: OnProgress | None, finished: threading.Event) -> None:
-    while on_progress is not None:
-        done = finished.wait(POLL_S)
-        try:
-            latest = ray.get(board.latest.remote(), timeout=5)
-        except Exception:  # the display must never end a run
-            return
-        if latest is not None:
-            on_progress(latest[0], total, latest[1], latest[2])
-        if done:
-            return
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _result(config: TrainConfig, plan: StreamPlan, run_uri: str) -> TrainedModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,8 @@ from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
-from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
-from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step
+from pipeline.training.checkpoint import Checkpointer, DamagedCheckpointError, restore_checkpoint
+from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step, read_marker
 from tests.distributed import run_distributed
 
 WRITERS = {1: 7, 2: 7, 3: 7, 4: 5}  # ranks that write -> classes: uneven shards, and a rank without any (5 over 4)
@@ -68,7 +70,7 @@ def _write(group, run_uri: str, num_classes: int) -> None:
     step = _train_step(group, num_classes)
     _scramble(step, seed=num_classes)
     step.num_steps_done = 12
-    save_checkpoint(run_uri, step, {"note": "test"}, keep=2)
+    Checkpointer(run_uri, step, keep=2, details={"note": "test"}).save_now(60)
 
 
 def _read_all(group, folders: dict[int, str]) -> None:
@@ -114,8 +116,15 @@ def test_without_a_group_what_ranks_wrote_is_read(written):
 
 def test_the_marker_says_what_it_marks(written):
     for writers, run_uri in written.items():
-        marker = storage.read_json(storage.join(checkpoint_uri(run_uri, 12), MARKER))
-        assert marker == {"note": "test", "step": 12}, writers
+        marker = read_marker(run_uri, 12)
+        assert (marker["note"], marker["step"]) == ("test", 12), writers
+        folder = storage.local_path(checkpoint_uri(run_uri, 12))
+        found = {path.name: path for path in folder.iterdir() if path.name != MARKER}
+        assert marker["files"].keys() == found.keys()
+        assert sum(name.endswith(".distcp") for name in found) >= writers
+        for name, path in found.items():
+            content = path.read_bytes()
+            assert marker["files"][name] == {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert committed_steps(run_uri) == [12]
 
 
@@ -123,7 +132,7 @@ def _save(run_uri: str, step: int, keep: int = 10, seed: int = 0) -> TrainStep:
     train_step = _train_step()
     _scramble(train_step, seed)
     train_step.num_steps_done = step
-    save_checkpoint(run_uri, train_step, {}, keep)
+    Checkpointer(run_uri, train_step, keep=keep).save_now(60)
     return train_step
 
 
@@ -188,12 +197,32 @@ def _damage(run_uri: str, pattern: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "gone"])
 @pytest.mark.parametrize("pattern", ["*.distcp", ".metadata"])
-def test_a_damaged_checkpoint_is_named(tmp_path, pattern, how):
+def test_a_cut_checkpoint_gives_way_to_the_one_before(tmp_path, pattern, how):
     run_uri = str(tmp_path)
+    _save(run_uri, 3)
     _save(run_uri, 5)
     _damage(run_uri, pattern, how)
-    with pytest.raises(storage.StorageError, match=r"step_00000005: the checkpoint cannot be read"):
+    assert latest_step(run_uri) == 3
+    shutil.rmtree(storage.local_path(checkpoint_uri(run_uri, 3)))
+    with pytest.raises(storage.StorageError, match=r"step_00000005.*COMMITTED.json says.*no checkpoint of the run is"):
+        latest_step(run_uri)
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata"])
+def test_a_bit_that_changed_is_found_and_the_checkpoint_counts_no_more(tmp_path, pattern):
+    run_uri = str(tmp_path)
+    _save(run_uri, 3)
+    _save(run_uri, 5)
+    (path,) = storage.local_path(checkpoint_uri(run_uri, 5)).glob(pattern)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert latest_step(run_uri) == 5
+    with pytest.raises(DamagedCheckpointError, match=rf"step_00000005.*{path.name}: is not what was written"):
         restore_checkpoint(run_uri, 5, _train_step())
+    assert latest_step(run_uri) == 3
+    _save(run_uri, 7)
+    assert _folders(run_uri) == ["step_00000003", "step_00000007"]
 
 
 def _check_damage_on_ranks(group, run_uri: str) -> None:
@@ -201,15 +230,16 @@ def _check_damage_on_ranks(group, run_uri: str) -> None:
         for info in storage.list_files(run_uri):
             if info.uri.endswith("__1_0.distcp"):
                 path = storage.local_path(info.uri)
-                path.write_bytes(path.read_bytes()[:100])
+                content = path.read_bytes()
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     dist.barrier(group)
-    with pytest.raises(storage.StorageError, match=r"step_00000012: the checkpoint cannot be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"step_00000012: the checkpoint cannot be read"):
         restore_checkpoint(run_uri, 12, _train_step(group))
+    with pytest.raises(storage.StorageError, match="step_00000012: is damaged: no checkpoint of the run is whole"):
+        latest_step(run_uri)
 
 
 def test_damage_is_named_on_every_rank(written, tmp_path):
-    import shutil
-
     copied = tmp_path / "run"
     shutil.copytree(storage.local_path(written[2]), copied)
     run_distributed(2, _check_damage_on_ranks, str(copied))
@@ -236,7 +266,7 @@ def _write_rank_statistics(group, run_uri: str) -> None:
             if "running_" in name:
                 value.fill_(rank_in(group))
     step.num_steps_done = 1
-    save_checkpoint(run_uri, step, {}, keep=1)
+    Checkpointer(run_uri, step, keep=1).save_now(60)
 
 
 def test_batch_norm_statistics_are_those_of_the_rank_that_is_exported(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,11 @@ from pipeline.training.metrics_log import NAME, MetricsLog, StepMetrics, read_me
 
 def _line(step: int, loss: float = 1.5) -> StepMetrics:
     return StepMetrics(step=step, epoch=0, loss=loss, lr=0.1, images_per_second=10.0, samples_digest=f"{step:x}")
+
+
+def _write(log: MetricsLog, lines: list[StepMetrics]) -> None:
+    log.write(lines)
+    log.make_durable()
 
 
 def _steps(run_uri: str) -> list[int]:
@@ -29,7 +36,7 @@ def test_lines_are_appended_and_say_everything(run_uri):
     log = MetricsLog(run_uri, 0)
     log.write([_line(0), _line(1)])
     log.write([])
-    log.write([_line(2, loss=0.25)])
+    _write(log, [_line(2, loss=0.25)])
     assert _steps(run_uri) == [0, 1, 2]
     assert read_metrics(run_uri)[2] == {
         "step": 2,
@@ -52,11 +59,11 @@ def test_no_file_has_no_lines(run_uri):
 
 @pytest.mark.parametrize("first_step", [0, 3, 5, 9])
 def test_a_resumed_run_drops_the_steps_it_does_again(run_uri, first_step):
-    MetricsLog(run_uri, 0).write([_line(step, loss=1.0) for step in range(5)])
+    _write(MetricsLog(run_uri, 0), [_line(step, loss=1.0) for step in range(5)])
     resumed = MetricsLog(run_uri, first_step)
     kept = list(range(min(first_step, 5)))
     assert _steps(run_uri) == kept
-    resumed.write([_line(step, loss=2.0) for step in range(first_step, 7)])
+    _write(resumed, [_line(step, loss=2.0) for step in range(first_step, 7)])
     assert _steps(run_uri) == kept + list(range(first_step, 7))
     assert [line["loss"] for line in read_metrics(run_uri)] == [1.0] * len(kept) + [2.0] * len(range(first_step, 7))
 
@@ -64,19 +71,50 @@ def test_a_resumed_run_drops_the_steps_it_does_again(run_uri, first_step):
 @given(st.integers(1, 200))
 def test_a_torn_last_line_is_as_if_never_written(tmp_path_factory, cut):
     run_uri = str(tmp_path_factory.mktemp("run"))
-    MetricsLog(run_uri, 0).write([_line(step) for step in range(4)])
+    _write(MetricsLog(run_uri, 0), [_line(step) for step in range(4)])
     path = storage.local_path(storage.join(run_uri, NAME))
     content = path.read_bytes()
     cut = min(cut, len(content))
     path.write_bytes(content[:-cut])
     whole = content[:-cut].count(b"\n")
     assert _steps(run_uri) == list(range(whole))
-    MetricsLog(run_uri, 4).write([_line(4)])
+    _write(MetricsLog(run_uri, 4), [_line(4)])
     assert _steps(run_uri) == [*range(whole), 4]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_a_loss_that_is_not_a_number_stays_readable(run_uri):
-    MetricsLog(run_uri, 0).write([_line(0, loss=float("nan")), _line(1, loss=float("inf"))])
+    _write(MetricsLog(run_uri, 0), [_line(0, loss=float("nan")), _line(1, loss=float("inf"))])
     assert read_metrics(run_uri)[0]["loss"] != read_metrics(run_uri)[0]["loss"]
     assert read_metrics(run_uri)[1]["loss"] == float("inf")
+
+
+def test_a_file_has_each_line_at_once_an_object_store_when_a_checkpoint_counts_on_it(run_uri):
+    log = MetricsLog(run_uri, 0)
+    log.write([_line(0)])
+    assert _steps(run_uri) == ([] if run_uri.startswith("memory") else [0])
+    log.make_durable()
+    assert _steps(run_uri) == [0]
+
+
+def test_a_disk_that_was_full_costs_no_line_and_leaves_no_half_one(tmp_path, caplog):
+    """A limit on the size of files, which the kernel enforces as it does a full disk: half of a line gets in."""
+    run_uri = str(tmp_path)
+    log = MetricsLog(run_uri, 0)
+    log.write([_line(0), _line(1)])
+    size = (tmp_path / NAME).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 4, limits[1]))
+    try:
+        log.write([_line(2)])
+        log.write([_line(3)])
+        with pytest.raises(OSError, match="File too large"):
+            log.make_durable()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert _steps(run_uri) == [0, 1]
+    assert sum("its lines are kept and written later" in record.getMessage() for record in caplog.records) == 1
+    log.write([_line(4)])
+    assert _steps(run_uri) == [0, 1, 2, 3, 4]

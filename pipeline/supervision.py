@@ -1,0 +1,66 @@
+"""Running a job again when it dies of something that another attempt may not meet.
+
+A job's own process is the last thing that nobody restarts: killed for its memory, with its node, by a bug. It runs as a
+child here; the same command resumes it. On Kubernetes RayJob's ``backoffLimit`` does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Final
+
+EXIT_MENDABLE: Final = 1  # by the user alone: a wrong setting, bad data
+EXIT_RETRY: Final = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED: Final = 130
+# Waits before the next attempt: what died with the last one (workers, a local Ray) has ended by then.
+FIRST_DELAY_S: Final = 5.0
+LONGEST_DELAY_S: Final = 60.0
+
+_logger = logging.getLogger(__name__)
+
+
+def is_worth_a_retry(exit_code: int) -> bool:
+    """Whether another attempt may get further: killed by a signal, or said so itself. Pure.
+
+    Args:
+        exit_code: As `subprocess` gives it: negative for a signal.
+    """
+    return exit_code < 0 or exit_code in (EXIT_RETRY, *(128 + number for number in (signal.SIGTERM, signal.SIGKILL)))
+
+
+def supervise(command: Sequence[str], retries: int) -> int:
+    """Run a command until it ends well, cannot, or was started ``1 + retries`` times; gives its exit code.
+
+    SIGTERM and Ctrl-C go on to the child, whose exit is then not followed by another attempt.
+    """
+    stopping = threading.Event()
+    child: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+        # A terminal sends Ctrl-C to both by itself.
+        if child and (number == signal.SIGTERM or not sys.stdin.isatty()):
+            child[0].send_signal(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for attempt in range(retries + 1):
+            child[:] = [subprocess.Popen(command)]
+            code = child[0].wait()
+            if stopping.is_set() or attempt == retries or not is_worth_a_retry(code):
+                return code if code >= 0 else 128 - code
+            delay_s = min(FIRST_DELAY_S * 2**attempt, LONGEST_DELAY_S)
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            _logger.warning("the job died (%s); attempt %d of %d in %g s", how, attempt + 2, retries + 1, delay_s)
+            if stopping.wait(delay_s):
+                return EXIT_INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    raise AssertionError("unreachable")

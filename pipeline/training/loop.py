@@ -28,6 +28,7 @@ from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
+from pipeline.tracking.outbox import RunAddress
 from pipeline.training.checkpoint import restore_checkpoint, save_checkpoint
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
@@ -52,16 +53,14 @@ class LoopSpec:
         config: Of the run.
         run_uri: Folder of the run.
         plan: Its samples.
-        tracking_uri: MLflow store.
-        mlflow_run_id: Run to log to.
+        tracking: MLflow run to log to.
         progress: Actor that is told how far the run is (method ``update``), or None.
     """
 
     config: TrainConfig
     run_uri: str
     plan: StreamPlan
-    tracking_uri: str
-    mlflow_run_id: str
+    tracking: RunAddress
     progress: Any = None
 
 
@@ -94,11 +93,14 @@ def _train(spec: LoopSpec) -> None:
     if first:
         restore_checkpoint(spec.run_uri, first, step)
     log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
-    if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
-        _train_steps(spec, step, log)
-    if log is not None:
-        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
-        log.close()
+    try:
+        if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
+            _train_steps(spec, step, log)
+        if log is not None:
+            save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
+    finally:
+        if log is not None:
+            log.close()
     dist.barrier()
 
 
@@ -256,7 +258,8 @@ class _RankZeroLog:
         self._per_epoch = spec.plan.steps_per_epoch
         self._file = MetricsLog(spec.run_uri, first_step)
         self._losses: deque[float] = deque(maxlen=LOSSES_BEFORE)
-        self._sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
+        run = spec.tracking
+        self._sink = MetricSink(run.tracking_uri, run.run_id, start_after=None, outbox=run.outbox)
         # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
         for line in read_metrics(spec.run_uri):
             self._send(line)
@@ -297,5 +300,5 @@ class _RankZeroLog:
         self._sink.put(line["step"], {name: value for name, value in found.items() if np.isfinite(value)})
 
     def close(self) -> None:
-        """Send what MLflow does not have yet."""
+        """Send what MLflow does not have yet; what cannot be sent waits in the run's folder."""
         self._sink.close()

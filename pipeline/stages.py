@@ -258,7 +258,7 @@ def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, nee
         raise StoreUnreachableError(
             f"{error}. The model is trained and evaluated, and {place.tracked.num_waiting} writes for MLflow wait in "
             f"{place.uri}; the same command sends them and registers the model"
-        ) from error
+        ) from error.__cause__
 
 
 def _register_now(

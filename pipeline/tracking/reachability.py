@@ -28,6 +28,7 @@ _PASSING_CLASSES: Final = frozenset(
         "Timeout",
     }
 )
+_REFUSING_CLASSES: Final = frozenset({"MlflowException", "SQLAlchemyError", "ClientError", "Boto3Error"})
 # They are among the passing ones by their base class, but the next attempt meets the same.
 _LASTING_TEXTS: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
 
@@ -75,7 +76,7 @@ def contacting(tracking_uri: str) -> Iterator[None]:
     except Exception as error:
         if is_unreachable(error, handled):
             raise StoreUnreachableError(f"MLflow at {tracking_uri} cannot be reached: {reason(error)}") from error
-        if isinstance(error, OSError) or _is_of(error, frozenset({"MlflowException", "ClientError", "Boto3Error"})):
+        if isinstance(error, OSError) or _is_of(error, _REFUSING_CLASSES):
             raise StoreRefusedError(f"MLflow at {tracking_uri} refuses: {reason(error)}") from error
         raise
     finally:

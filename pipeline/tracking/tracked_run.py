@@ -184,7 +184,7 @@ class TrackedRun:
                 send_event(self.address.tracking_uri, run_id, event)
         except StoreRefusedError as error:
             waits = storage.join(self._outbox.uri, name)
-            raise StoreRefusedError(f"{error} (what it refuses waits in {waits})") from error
+            raise StoreRefusedError(f"{error} (what it refuses waits in {waits})") from error.__cause__
         self._outbox.remove(name)
 
     def _try_to_send(self) -> bool:

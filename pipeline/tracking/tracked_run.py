@@ -211,7 +211,8 @@ class TrackedRun:
                 with self._state:
                     # Looked at once more: a call that found the store down since has only added its event.
                     if not self._is_down and not self._mine():
-                        break
+                        self._thread = None
+                        return
             except Exception as error:  # the next call meets it too, and raises it where it is seen
                 _logger.warning("%s", reason(error))
                 break

@@ -25,8 +25,9 @@ from pipeline.runtime import ray_session
 from pipeline.stages import RunPlace, training_stages, wanted_sets
 from pipeline.stopping import StoppedError, exit_on_sigterm
 from pipeline.supervision import EXIT_INTERRUPTED, EXIT_MENDABLE, EXIT_RETRY, supervise
-from pipeline.tracking import runs
+from pipeline.tracking.outbox import RunAddress
 from pipeline.tracking.store import default_tracking_uri
+from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.metrics_log import NAME as METRICS
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
@@ -146,7 +147,7 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
         status = "KILLED"
         raise
     finally:
-        runs.finish_run(place.tracking_uri, place.mlflow_run_id, status)
+        place.tracked.finish(status)
     console.print(closing_table(config, place, artefacts, time.monotonic() - started))
     return artefacts
 
@@ -187,21 +188,17 @@ def _fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _open_place(config: TrainConfig, run_uri: str) -> RunPlace:
-    """Open the MLflow run of this run: a new one, or the one of the attempt that is resumed."""
-    tracking_uri = config.tracking.uri or default_tracking_uri(config.storage)
-    uri = storage.join(run_uri, "mlflow.json")
-    known = storage.read_json(uri) if storage.exists(uri) else {}
-    run_id = runs.open_run(
-        tracking_uri,
-        config.tracking.experiment,
-        config.run_name,
-        run_id=known.get("run_id") if known.get("tracking_uri") == tracking_uri else None,
+    """Begin the MLflow run of this run, a new one or that of the attempt that is resumed; MLflow may be away."""
+    address = RunAddress(
+        run_uri=run_uri,
+        tracking_uri=config.tracking.uri or default_tracking_uri(config.storage),
+        experiment=config.tracking.experiment,
+        run_name=config.run_name,
         tags={"preset": config.preset},
     )
-    storage.write_json(uri, {"tracking_uri": tracking_uri, "run_id": run_id})
-    runs.log_params(tracking_uri, run_id, asdict(config))
-    runs.log_json(tracking_uri, run_id, "config", asdict(config))
-    return RunPlace(uri=run_uri, tracking_uri=tracking_uri, mlflow_run_id=run_id)
+    tracked = TrackedRun(address)
+    tracked.begin(asdict(config))
+    return RunPlace(uri=run_uri, tracked=tracked)
 
 
 def _escape(text: str) -> str:

@@ -66,6 +66,12 @@ class JobDisplay:
             self._console.print(f"{name}: {done}/{total} {note}")
 
 
+def _mlflow_run(place: RunPlace) -> str:
+    waiting = place.tracked.num_waiting
+    note = f"  ({waiting} writes could not be sent yet; the same command sends them)" if waiting else ""
+    return f"{place.tracked.address.run_id()}{note}"
+
+
 def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, Any], seconds: float) -> Table:
     """Where everything is and how good the model is."""
     data, model, report = artefacts["data"], artefacts["train"], artefacts["evaluate"]
@@ -80,7 +86,7 @@ def closing_table(config: TrainConfig, place: RunPlace, artefacts: Mapping[str, 
         "model": model.model_uri,
         "report": storage.join(place.uri, REPORT),
         "MLflow store": place.tracking_uri,
-        "MLflow run": f"{config.tracking.experiment} / {place.mlflow_run_id}",
+        "MLflow run": f"{config.tracking.experiment} / {_mlflow_run(place)}",
         "look at it": f"mlflow ui --host 127.0.0.1 --backend-store-uri {place.tracking_uri}",
     }
     for name, value in rows.items():

@@ -12,6 +12,7 @@ from pipeline.data.shards import ShardError
 from pipeline.data.sources import SourceError
 from pipeline.data.spill import PackError
 from pipeline.storage import MissingError, StorageError
+from pipeline.tracking.reachability import StoreUnreachableError, TrackingError
 
 DATA_ERRORS: Final = (
     ManifestError,
@@ -22,7 +23,7 @@ DATA_ERRORS: Final = (
     ShardError,
     SourceError,
 )
-USER_ERRORS: Final = (*DATA_ERRORS, StorageError, ValueError)
+USER_ERRORS: Final = (*DATA_ERRORS, StorageError, TrackingError, ValueError)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -44,12 +45,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def user_error(error: BaseException) -> BaseException | None:
     """The innermost error that a user can mend, None if there is none (a bug, or the machine)."""
     found = [cause for cause in causes(error) if isinstance(cause, USER_ERRORS)]
-    specific = [cause for cause in found if isinstance(cause, (*DATA_ERRORS, StorageError))]
+    specific = [cause for cause in found if isinstance(cause, (*DATA_ERRORS, StorageError, TrackingError))]
     return (specific or found or [None])[-1]
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether another attempt may not meet it: a place that could not be reached, not one that is not there."""
+    if isinstance(error, StoreUnreachableError):
+        return True
     return isinstance(error, StorageError) and not isinstance(error, DATA_ERRORS)
 
 

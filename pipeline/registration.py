@@ -13,6 +13,7 @@ from pipeline.model_store import CONFIG, WEIGHTS
 from pipeline.tracking import registry
 from pipeline.tracking.model_package import FINGERPRINT_TAG
 from pipeline.tracking.promotion import BenchmarkOutcome, PromotionDecision, PromotionPolicy, decide
+from pipeline.tracking.reachability import contacting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,37 +54,44 @@ class Registration:
 
 
 def register(store: str, name: str, candidate: Candidate) -> int:
-    """Store a model as a version of the registered model ``name``, once; gives the version."""
+    """Store a model as a version of the registered model ``name``, once; gives the version.
+
+    Raises:
+        TrackingError: Here and in `promote_if_better`: MLflow cannot be reached, or refuses.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for file in (WEIGHTS, CONFIG):
             (Path(folder) / file).write_bytes(storage.read_bytes(storage.join(candidate.model_uri, file)))
-        return registry.register_model(
-            store,
-            candidate.run_id,
-            Path(folder),
-            name,
-            embedding_dim=candidate.embedding_dim,
-            tags={
-                FINGERPRINT_TAG: candidate.report.model_fingerprint,
-                "data_fingerprint": candidate.data_fingerprint,
-                "report_uri": candidate.report_uri,
-                "run_name": candidate.run_name,
-            },
-            description=f"Network of run {candidate.run_name}, mean accuracy {candidate.report.mean_accuracy:.4f}.",
-        )
+        with contacting(store):
+            return registry.register_model(
+                store,
+                candidate.run_id,
+                Path(folder),
+                name,
+                embedding_dim=candidate.embedding_dim,
+                tags={
+                    FINGERPRINT_TAG: candidate.report.model_fingerprint,
+                    "data_fingerprint": candidate.data_fingerprint,
+                    "report_uri": candidate.report_uri,
+                    "run_name": candidate.run_name,
+                },
+                description=f"Network of run {candidate.run_name}, mean accuracy {candidate.report.mean_accuracy:.4f}.",
+            )
 
 
 def promote_if_better(
     store: str, name: str, version: int, candidate: Candidate, policy: PromotionPolicy
 ) -> Registration:
     """Compare a version with the champion pair by pair and move the alias if the policy says so."""
-    champion = registry.champion(store, name)
-    if champion is not None and champion.version == version:
-        champion = _previous(store, name, champion)  # a repeated call decides as the first one did
+    with contacting(store):
+        champion = registry.champion(store, name)
+        if champion is not None and champion.version == version:
+            champion = _previous(store, name, champion)  # a repeated call decides as the first one did
     theirs = None if champion is None else _champion_outcomes(store, champion, candidate)
     decision = decide(_outcomes(candidate.report), theirs, policy)
     seen = champion.version if champion is not None else None
-    after = registry.apply(store, name, version, decision, champion_seen=seen)
+    with contacting(store):
+        after = registry.apply(store, name, version, decision, champion_seen=seen)
     return Registration(
         model_name=name, version=version, champion_version=after.version if after else 0, decision=decision
     )
@@ -101,7 +109,8 @@ def _champion_outcomes(store: str, champion: registry.ModelVersionInfo, candidat
     # Tasks on other nodes must reach it too, so it lies beside the candidate, not in a folder of this machine.
     target = storage.join(candidate.report_uri.rsplit("/", 1)[0], f"champion-version-{champion.version}")
     with tempfile.TemporaryDirectory() as folder:
-        found = registry.fetch_model(store, champion.name, champion.version, Path(folder))
+        with contacting(store):
+            found = registry.fetch_model(store, champion.name, champion.version, Path(folder))
         for file in (WEIGHTS, CONFIG):
             storage.write_bytes(storage.join(target, file), (found / file).read_bytes())
     report, _ = evaluate_benchmarks(target, candidate.benchmarks_uri, num_gpus_per_task=candidate.num_gpus_per_task)

@@ -24,9 +24,12 @@ from pipeline.graph import Stage
 from pipeline.model_store import CONFIG
 from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
-from pipeline.tracking import runs
+from pipeline.tracking.reachability import StoreUnreachableError
+from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.commits import latest_step
+from pipeline.training.metrics_log import NAME as METRICS
 from pipeline.training.metrics_log import read_metrics
+from pipeline.training.step_log import FILED_METRICS
 from pipeline.training.trainer import TrainedModel, stream_plan, train
 
 REPORT: Final = "report.json"
@@ -58,17 +61,21 @@ class Benchmarks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlace:
-    """Where a run's results go: its folder, the MLflow store and the MLflow run."""
+    """Where a run's results go: its folder and the MLflow run."""
 
     uri: str
-    tracking_uri: str
-    mlflow_run_id: str
+    tracked: TrackedRun
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow store."""
+        return self.tracked.address.tracking_uri
 
 
 def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgress) -> list[Stage]:
     """The graph of a training job."""
     content = asdict(config)
-    logged_to = {"store": place.tracking_uri, "mlflow_run": place.mlflow_run_id}
+    logged_to = place.tracked.address.identity()
     return [
         Stage(
             name="data",
@@ -195,9 +202,7 @@ def _write_synthetic_set(task: _SyntheticSet) -> None:
 
 def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> TrainedModel:
     data: PackedData = needed["data"]
-    runs.log_dataset(
-        place.tracking_uri,
-        place.mlflow_run_id,
+    place.tracked.log_dataset(
         name=" + ".join(uri.rsplit("/", 1)[1] for uri, _ in data.sets),
         uri=data.uri,
         fingerprint=data.fingerprint,
@@ -212,19 +217,22 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
         f"{'resumed' if done else 'from the start'}; {left_out} samples of each epoch are left out (less than a batch)"
     )
     on_progress("train", done, plan.total_steps, note)
-    trained = train(
-        config,
-        loaded,
-        place.uri,
-        tracking_uri=place.tracking_uri,
-        mlflow_run_id=place.mlflow_run_id,
-        on_progress=lambda done, total, loss, rate: on_progress(
-            "train", done, total, f"loss {loss:6.3f}  {rate:5.0f} images/s"
-        ),
-    )
+    try:
+        with place.tracked.steps_are_the_workers():
+            trained = train(
+                config,
+                loaded,
+                place.uri,
+                tracking=place.tracked.address,
+                on_progress=lambda done, total, loss, rate: on_progress(
+                    "train", done, total, f"loss {loss:6.3f}  {rate:5.0f} images/s"
+                ),
+            )
+    finally:  # a worker that was killed has not sent its last steps
+        place.tracked.log_steps_of(storage.join(place.uri, METRICS), FILED_METRICS)
     lines = read_metrics(place.uri)
     figure = loss_figure(*([line[name] for line in lines] for name in ("step", "loss", "lr")))
-    runs.log_figure(place.tracking_uri, place.mlflow_run_id, "loss", figure)
+    place.tracked.log_figure("loss", figure)
     return trained
 
 
@@ -237,18 +245,30 @@ def _evaluate(config: TrainConfig, place: RunPlace, on_progress: OnProgress, nee
         on_progress=lambda done, total: on_progress("evaluate", done, total, "images embedded"),
     )
     storage.write_bytes(storage.join(place.uri, REPORT), report.to_json().encode())
-    runs.log_metrics(place.tracking_uri, place.mlflow_run_id, report.metrics(), model.num_steps - 1)
-    runs.log_json(place.tracking_uri, place.mlflow_run_id, "report", asdict(report))
-    runs.log_figure(place.tracking_uri, place.mlflow_run_id, "roc", roc_figure(curves))
+    place.tracked.log_metrics(report.metrics(), model.num_steps - 1)
+    place.tracked.log_json("report", asdict(report))
+    place.tracked.log_figure("roc", roc_figure(curves))
     return report
 
 
 def _register(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]) -> Registration:
+    try:
+        return _register_now(config, place, on_progress, needed)
+    except StoreUnreachableError as error:
+        raise StoreUnreachableError(
+            f"{error}. The model is trained and evaluated, and {place.tracked.num_waiting} writes for MLflow wait in "
+            f"{place.uri}; the same command sends them and registers the model"
+        ) from error.__cause__
+
+
+def _register_now(
+    config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed: Mapping[str, Any]
+) -> Registration:
     name, store = config.tracking.model_name, place.tracking_uri
     candidate = Candidate(
         model_uri=needed["train"].model_uri,
         embedding_dim=config.model.output_dim,
-        run_id=place.mlflow_run_id,
+        run_id=place.tracked.drain(),
         run_name=config.run_name,
         report=needed["evaluate"],
         report_uri=storage.join(place.uri, REPORT),

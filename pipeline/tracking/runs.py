@@ -1,14 +1,18 @@
 """MLflow runs: parameters, artifacts and metrics of one training, by an explicit client and without global state.
 
-Every function takes the tracking URI, so that two stores can be used by one process (a laptop's and the cluster's).
-Training never stops because MLflow is down: per-step metrics go through `MetricSink`, which sends from a thread.
+Every function takes the tracking URI, so that two stores can be used by one process (a laptop's and the cluster's), and
+raises if MLflow is down. A training writes through `pipeline.tracking.tracked_run.TrackedRun` and `MetricSink` instead,
+which keep what cannot be sent yet.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlflow import MlflowClient
@@ -16,7 +20,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from pipeline.tracking import metric_names
-from pipeline.tracking.metric_sink import MetricSink, last_logged_step
+from pipeline.tracking.metric_sink import MetricSink
+from pipeline.tracking.step_metrics import last_logged_step
 from pipeline.tracking.store import client, default_tracking_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -29,10 +34,12 @@ __all__ = [
     "last_logged_step",
     "log_dataset",
     "log_figure",
+    "log_file",
     "log_json",
     "log_metrics",
     "log_params",
     "open_run",
+    "png",
 ]
 
 # MLflow's own limits (mlflow.utils.validation, 3.17.2).
@@ -41,6 +48,8 @@ _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_CHARS = 6000
 _MAX_TAG_CHARS = 5000
 _MAX_DIGEST_CHARS = 36
+
+FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def open_run(
@@ -51,6 +60,7 @@ def open_run(
     run_id: str | None = None,
     tags: Mapping[str, object] | None = None,
     artifact_root: str | None = None,
+    start_time_ms: int | None = None,
 ) -> str:
     """Create a run, or re-open the one that was killed, and give its id.
 
@@ -61,6 +71,7 @@ def open_run(
         run_id: An earlier run to go on with: its status becomes RUNNING again. Where it is gone, a new one is made.
         tags: Set on the run in both cases.
         artifact_root: Where a *new* experiment keeps artifacts; by default beside a sqlite store, else the server's.
+        start_time_ms: Of a new run, in milliseconds since 1970; None: now.
 
     Raises:
         ValueError: The experiment was deleted.
@@ -70,14 +81,17 @@ def open_run(
     run_tags = {key: _tag(value) for key, value in (tags or {}).items()}
     if run_id is None:
         experiment_id = _experiment_id(mlflow, tracking_uri, experiment, artifact_root)
-        return str(mlflow.create_run(experiment_id, tags=run_tags, run_name=run_name).info.run_id)
+        created = mlflow.create_run(experiment_id, start_time=start_time_ms, tags=run_tags, run_name=run_name)
+        return str(created.info.run_id)
     try:
         mlflow.update_run(run_id, status="RUNNING", name=run_name)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         # The store was emptied, or the run deleted in the UI: the work goes on under a new one.
-        return open_run(tracking_uri, experiment, run_name, tags=tags, artifact_root=artifact_root)
+        return open_run(
+            tracking_uri, experiment, run_name, tags=tags, artifact_root=artifact_root, start_time_ms=start_time_ms
+        )
     mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in run_tags.items()])
     return run_id
 
@@ -100,9 +114,11 @@ def _experiment_id(mlflow: MlflowClient, tracking_uri: str, name: str, artifact_
     return str(found.experiment_id)
 
 
-def finish_run(tracking_uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-    """Set the final status and the end time of a run."""
-    client(tracking_uri).set_terminated(run_id, status)
+def finish_run(
+    tracking_uri: str, run_id: str, status: FinalStatus = "FINISHED", end_time_ms: int | None = None
+) -> None:
+    """Set the final status and the end time of a run (None: now)."""
+    client(tracking_uri).set_terminated(run_id, status, end_time_ms)
 
 
 def log_params(tracking_uri: str, run_id: str, params: Mapping[str, Any]) -> None:
@@ -141,18 +157,40 @@ def _tag(value: object) -> str:
 
 def log_json(tracking_uri: str, run_id: str, name: str, value: Any) -> None:
     """Store a JSON-serialisable value as the artifact ``<name>.json``."""
-    client(tracking_uri).log_text(run_id, json.dumps(value, indent=2, sort_keys=True) + "\n", f"{name}.json")
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    log_file(tracking_uri, run_id, f"{name}.json", text.encode())
 
 
 def log_figure(tracking_uri: str, run_id: str, name: str, figure: Figure) -> None:
     """Store a matplotlib figure as the artifact ``<name>.png``."""
-    client(tracking_uri).log_figure(run_id, figure, f"{name}.png")
+    log_file(tracking_uri, run_id, f"{name}.png", png(figure))
 
 
-def log_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Log metrics at once (results of an evaluation); per-step metrics go through `MetricSink`."""
-    now_ms = int(time.time() * 1000)
-    batch = [Metric(metric_names.mlflow_key(key), float(value), now_ms, step) for key, value in metrics.items()]
+def png(figure: Figure) -> bytes:
+    """A matplotlib figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def log_file(tracking_uri: str, run_id: str, name: str, content: bytes) -> None:
+    """Store bytes as the artifact ``name``, which may be in folders (``plots/roc.png``)."""
+    folder, _, file_name = name.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / file_name
+        path.write_bytes(content)
+        client(tracking_uri).log_artifact(run_id, str(path), folder or None)
+
+
+def log_metrics(
+    tracking_uri: str, run_id: str, metrics: Mapping[str, float], step: int, time_ms: int | None = None
+) -> None:
+    """Log metrics at once (results of an evaluation); per-step metrics go through `MetricSink`.
+
+    The same metrics with the same ``time_ms`` (milliseconds since 1970; None: now) are stored once.
+    """
+    time_ms = int(time.time() * 1000) if time_ms is None else time_ms
+    batch = [Metric(metric_names.mlflow_key(key), float(value), time_ms, step) for key, value in metrics.items()]
     for i in range(0, len(batch), _MAX_METRICS_PER_BATCH):
         client(tracking_uri).log_batch(run_id, metrics=batch[i : i + _MAX_METRICS_PER_BATCH])
 

@@ -24,6 +24,7 @@ from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
+from pipeline.tracking.outbox import RunAddress
 from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
@@ -42,16 +43,14 @@ class LoopSpec:
         config: Of the run.
         run_uri: Folder of the run.
         plan: Its samples.
-        tracking_uri: MLflow store.
-        mlflow_run_id: Run to log to.
+        tracking: MLflow run to log to.
         board: Actor that knows how far each worker is (`pipeline.training.pulse`), or None.
     """
 
     config: TrainConfig
     run_uri: str
     plan: StreamPlan
-    tracking_uri: str
-    mlflow_run_id: str
+    tracking: RunAddress
     board: Any = None
 
 
@@ -74,16 +73,19 @@ def _train(spec: LoopSpec) -> None:
     pulse = Pulse(spec.board, step.group)
     log = None
     if rank_in(step.group) == 0:
-        sink = MetricSink(spec.tracking_uri, spec.mlflow_run_id, start_after=None)
+        run = spec.tracking
+        sink = MetricSink(run.tracking_uri, run.run_id, start_after=None, outbox=run.outbox)
         log = StepLog(spec.run_uri, first, spec.plan, sink, spec.board)
-    # Else a kill came between the last checkpoint and the export.
-    is_complete = first == spec.plan.total_steps or _Attempt(spec, step, log, pulse).run()
-    pulse.at(step.num_steps_done, "end")
-    if log is not None:
-        if is_complete:
+    try:
+        # Else a kill came between the last checkpoint and the export.
+        is_complete = first == spec.plan.total_steps or _Attempt(spec, step, log, pulse).run()
+        pulse.at(step.num_steps_done, "end")
+        if log is not None and is_complete:
             model_uri = storage.join(spec.run_uri, MODEL_FOLDER)
             save_model(model_uri, spec.config.model, step.exported_model.state_dict())
-        log.close()
+    finally:
+        if log is not None:
+            log.close()
     dist.barrier()
     pulse.close()
 

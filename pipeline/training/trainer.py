@@ -27,6 +27,7 @@ from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import CONFIG, read_model_info
 from pipeline.runtime import is_on_cluster
 from pipeline.stopping import StoppedError, StopSignals
+from pipeline.tracking.outbox import RunAddress
 from pipeline.training.commits import latest_step, placeholder_dataset, read_marker
 from pipeline.training.failure import clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
@@ -77,8 +78,7 @@ def train(
     data: Manifest | Mixture,
     run_uri: str,
     *,
-    tracking_uri: str,
-    mlflow_run_id: str,
+    tracking: RunAddress,
     on_progress: OnProgress | None = None,
 ) -> TrainedModel:
     """Train a run from its newest checkpoint, or from the start, to its end.
@@ -90,8 +90,7 @@ def train(
         config: Of the run.
         data: The packed data.
         run_uri: Folder of the run: checkpoints, ``metrics.jsonl``, the exported model.
-        tracking_uri: MLflow store.
-        mlflow_run_id: Run to log to.
+        tracking: MLflow run to log to.
         on_progress: Told (steps done, steps in all, loss, images/s).
 
     Raises:
@@ -112,8 +111,7 @@ def train(
                 config=config,
                 run_uri=run_uri,
                 plan=plan,
-                tracking_uri=tracking_uri,
-                mlflow_run_id=mlflow_run_id,
+                tracking=tracking,
                 board=board,
             )
             try:

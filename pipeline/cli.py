@@ -26,6 +26,7 @@ from pipeline.stages import RunPlace, training_stages, wanted_sets
 from pipeline.tracking import runs
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.training.metrics_log import NAME as METRICS
+from pipeline.training.split_report import read_splits, split_table
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
 
@@ -118,6 +119,8 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
     finally:
         runs.finish_run(place.tracking_uri, place.mlflow_run_id, status)
     console.print(closing_table(config, place, artefacts, time.monotonic() - started))
+    if config.profile.steps and (splits := read_splits(run_uri)):
+        console.print(split_table(splits))
     return artefacts
 
 

@@ -15,7 +15,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
+from lgaf import phases
 from lgaf.distributed import all_gather_stack, rank_in, world_size
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.sharded import ShardedMarginHead
@@ -33,6 +35,7 @@ from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
 from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
+from pipeline.training.profiling import StepProfiler
 
 MODEL_FOLDER = "model"
 LOSSES_BEFORE = 20  # that are noted with a step that is not finite
@@ -95,14 +98,15 @@ def _train(spec: LoopSpec) -> None:
         restore_checkpoint(spec.run_uri, first, step)
     log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
     if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
-        _train_steps(spec, step, log)
+        with StepProfiler(config.profile, spec.run_uri, step, plan.batch) as profiler:
+            _train_steps(spec, step, log, profiler)
     if log is not None:
         save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
         log.close()
     dist.barrier()
 
 
-def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> None:
+def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None, profiler: StepProfiler) -> None:
     config, plan = spec.config, spec.plan
     sizes = [high - low for low, high in _slots(step, plan)]
     batches = BatchAssembler(
@@ -116,7 +120,8 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
     last_time = time.perf_counter()
     for number in range(step.num_steps_done, plan.total_steps):
         asked = time.perf_counter()
-        batch = next(batches)
+        with record_function(phases.DATA_WAIT):
+            batch = next(batches)
         data_wait_s = time.perf_counter() - asked
         try:
             result = step.pass_over() if number in to_pass else step(*_to_tensors(batch), sizes=sizes)
@@ -134,8 +139,10 @@ def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> N
             _flush(spec, pending, step, log, durable=saves, spoilt=spoilt)
         if saves:
             details = {"world_size": world_size(step.group), "data_fingerprint": plan.data.fingerprint}
-            save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
-            last_time = time.perf_counter()  # a save is not part of any step's time
+            with record_function(phases.CHECKPOINT):
+                save_checkpoint(spec.run_uri, step, details, config.workers.keep_checkpoints)
+        if profiler.step() or saves:
+            last_time = time.perf_counter()  # what was written is not part of any step's time
 
 
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:

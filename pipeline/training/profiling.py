@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from lgaf.distributed import rank_in, world_size
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.training.step_split import FOLDER, StepSplit, TraceError, read_trace, split_steps
+
+# A trace has ten thousands of events a step, and is read whole.
+MAX_STEPS: Final = 200
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require_in_range("profile.steps", self.steps, 0, 10_000)
+        require_in_range("profile.steps", self.steps, 0, MAX_STEPS)
         require_in_range("profile.after", self.after, 1, 1 << 40)
 
 

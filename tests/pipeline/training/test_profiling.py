@@ -225,7 +225,7 @@ def test_profiling_is_no_part_of_what_a_run_trains():
     assert recipe(demo()) == recipe(dataclasses.replace(demo(), profile=ProfileConfig(steps=3)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", -1), ("after", 0)])
+@pytest.mark.parametrize(("field", "value"), [("steps", -1), ("steps", 201), ("after", 0)])
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=rf"profile\.{field}={value}"):
         ProfileConfig(**{field: value})

@@ -126,7 +126,7 @@ def test_a_profile_of_a_run_takes_its_steps_apart(alone, place):
     (split,) = read_splits(str(place / "twin-one"))
     assert (split.first_step, len(split.steps), split.global_batch) == (2, 2, SMALL.batch_size)
     assert all(split.mean_s[part] > 0 for part in ("data_wait", "forward", "head", "backward", "optimizer"))
-    # The last step saves; no collective goes anywhere in a group of one but what the saving has.
+    # Of the four steps, the last one saves.
     assert split.steps[0]["checkpoint"] == 0 < split.steps[1]["checkpoint"]
 
 

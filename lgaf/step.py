@@ -16,7 +16,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import record_function
 
+from lgaf import phases
 from lgaf.config import require_choice, require_in_range
 from lgaf.distributed import all_gather_stack, all_reduce_sum, rank_in, scale_gradient, world_size
 from lgaf.heads.sharded import ShardedMarginHead
@@ -205,7 +207,8 @@ class TrainStep:
             with self._without_travel() if part is not parts[-1] else contextlib.nullcontext():
                 loss = loss + self._backward(images_BHWC[part.rows], labels_B[part.rows], part)
         scale = self.scaler.get_scale()
-        left_out = self._update(scale)
+        with record_function(phases.OPTIMIZER):
+            left_out = self._update(scale)
         if left_out:
             for buffer, before in zip(self._statistics(), statistics, strict=True):
                 buffer.copy_(before)
@@ -253,20 +256,25 @@ class TrainStep:
     def _backward(self, images_BHWC: Tensor, labels_B: Tensor, part: _Part) -> Tensor:
         """Add a part's gradients; gives its share of the loss."""
         self.head.step = self.num_steps_done  # all parts of a batch look at the same classes
-        images_BCHW = normalise_images(images_BHWC.to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
-            output = self._network(images_BCHW)
+        with record_function(phases.FORWARD):
+            images_BCHW = normalise_images(images_BHWC.to(self.device, non_blocking=True))
+            with torch.autocast(
+                self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST
+            ):
+                output = self._network(images_BCHW)
         # DDP averages the ranks' gradients; the head's are already those of the global mean.
         embedding_BD = scale_gradient(output.embedding_BD.float(), world_size(self.group))
         weights_B = output.sample_weight_B
         if weights_B is not None:
             weights_B = scale_gradient(weights_B.float(), world_size(self.group))
         labels_B = labels_B.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.head_precision == "bfloat16"):
+        in_half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.head_precision == "bfloat16")
+        with record_function(phases.HEAD), in_half:
             loss: Tensor = self.head(embedding_BD, labels_B, weights_B=weights_B, sizes=part.sizes) * part.share
         # A network's own loss is a mean over this rank's rows; DDP makes that the mean over the ranks.
         total = loss if output.auxiliary_loss is None else loss + output.auxiliary_loss * part.own_share
-        self.scaler.scale(total).backward()
+        with record_function(phases.BACKWARD):
+            self.scaler.scale(total).backward()
         return loss.detach()
 
     def _update(self, scale: float) -> bool:

@@ -29,6 +29,7 @@ from pipeline.tracking.outbox import RunAddress
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.metrics_log import NAME as METRICS
+from pipeline.training.split_report import read_splits, split_table
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
 
@@ -149,6 +150,8 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
     finally:
         place.tracked.finish(status)
     console.print(closing_table(config, place, artefacts, time.monotonic() - started))
+    if config.profile.steps and (splits := read_splits(run_uri)):
+        console.print(split_table(splits))
     return artefacts
 
 

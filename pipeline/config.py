@@ -23,6 +23,7 @@ from pipeline.data.sources import SYNTHETIC, SyntheticConfig
 from pipeline.data.stream_plan import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 from pipeline.training.divergence import DivergenceConfig
+from pipeline.training.profiling import ProfileConfig
 
 MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]
 
@@ -31,7 +32,7 @@ NetworkSettings = LGAFConfig | LSCNNConfig | HPDAConfig | CQAFaceConfig | TransF
 
 # Fields that may differ when a run is resumed: none of them changes what is trained, but where it diverged.
 RESUMABLE: Final = frozenset(
-    {"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks", "divergence"}
+    {"storage", "num_workers", "workers", "tracking", "run_name", "promotion", "benchmarks", "divergence", "profile"}
 )
 
 
@@ -221,6 +222,7 @@ class TrainConfig:
     schedule: Schedule = field(default_factory=Schedule)
     step: StepConfig = field(default_factory=StepConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     promotion: PromotionPolicy = field(default_factory=PromotionPolicy)

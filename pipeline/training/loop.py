@@ -12,7 +12,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
+from lgaf import phases
 from lgaf.distributed import all_gather_stack, rank_in, world_size
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.heads.sharded import ShardedMarginHead
@@ -29,6 +31,7 @@ from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
+from pipeline.training.profiling import StepProfiler
 from pipeline.training.pulse import Pulse, StopVote
 from pipeline.training.step_log import PendingStep, StepLog
 
@@ -118,22 +121,25 @@ class _Attempt:
         self._to_pass = passed_over(spec.run_uri) if self._config.divergence.policy == "rollback" else set()
         self._last_time = time.perf_counter()
         self._save_is_owed = False
+        self._profiler = StepProfiler(self._config.profile, spec.run_uri, step, self._plan.batch)
 
     def run(self) -> bool:
         """Whether the run is complete."""
-        for number in range(self._step.num_steps_done, self._plan.total_steps):
-            if self._vote.cast(self._pulse.asked_to_stop or self._leaves):
-                if self._flush(saves=True):
-                    self._save_now()
-                return False
-            self._one_step(number)
+        with self._profiler:
+            for number in range(self._step.num_steps_done, self._plan.total_steps):
+                if self._vote.cast(self._pulse.asked_to_stop or self._leaves):
+                    if self._flush(saves=True):
+                        self._save_now()
+                    return False
+                self._one_step(number)
         return True
 
     def _one_step(self, number: int) -> None:
         workers = self._config.workers
         asked = time.perf_counter()
         self._pulse.at(number, "data")
-        batch = next(self._batches)
+        with record_function(phases.DATA_WAIT):
+            batch = next(self._batches)
         data_wait_s = time.perf_counter() - asked
         self._pulse.at(number, "step")
         spoilt, passes = "", number in self._to_pass
@@ -149,16 +155,18 @@ class _Attempt:
         saves = is_last or self._save_is_owed or done % workers.checkpoint_every_steps == 0
         if saves or spoilt or done % workers.log_every_steps == 0:
             self._flush(saves, spoilt)
-        if is_last:
-            self._save_now()
-        elif saves:
-            self._pulse.at(number, "save")
-            loss = float(np.mean(self._losses)) if self._losses else None
-            self._save_is_owed = not self._checkpointer.save(loss)
-            if not self._save_is_owed:
-                self._losses.clear()
         if saves:
-            self._last_time = time.perf_counter()  # a save is not part of any step's time
+            with record_function(phases.CHECKPOINT):
+                self._save_now() if is_last else self._save()
+        if self._profiler.step() or saves:
+            self._last_time = time.perf_counter()  # what was written is not part of any step's time
+
+    def _save(self) -> None:
+        self._pulse.at(self._step.num_steps_done, "save")
+        loss = float(np.mean(self._losses)) if self._losses else None
+        self._save_is_owed = not self._checkpointer.save(loss)
+        if not self._save_is_owed:
+            self._losses.clear()
 
     def _save_now(self) -> None:
         self._pulse.at(self._step.num_steps_done, "save")

@@ -1,4 +1,4 @@
-"""How fast each part of the pipeline is on this machine; `make bench` prints a table for RESULTS.md.
+"""How fast each part of the pipeline is, and the whole of it against a bare loop; `make bench` prints a table.
 
 Ratios are taken within one run, against what the peers do: `tarfile`, PIL, mxnet's one-by-one reading.
 """
@@ -11,19 +11,16 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lgaf.heads.margins import create_margin
-from lgaf.heads.sharded import ShardedMarginHead
-from lgaf.models import LGAFConfig
-from lgaf.optim import OptimizerConfig
-from lgaf.schedule import Schedule
-from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.data.augment import adaface
 from pipeline.data.images import decode_rgb
@@ -34,11 +31,31 @@ from pipeline.data.sources import SourceSpec, SyntheticConfig
 from pipeline.data.stream import BatchAssembler, Share, rank_dataset
 from pipeline.data.stream_plan import StreamConfig, StreamPlan
 from pipeline.data.synthetic import SyntheticFaces
-from pipeline.presets import demo
 from pipeline.runtime import ray_session
+from tests.benchmarks.short_job import bare_rate, job_rate, short_config
 
-NUM_IDENTITIES, PER_IDENTITY, BATCH, STREAM_STEPS = 64, 32, 128, 400
+PER_IDENTITY = 32
 REPEATS = 3
+# Of the bare loop's images/s, that the whole pipeline is to reach.
+LEAST_OF_BARE = 0.95
+
+
+@dataclass
+class Arguments:
+    """Size of the benchmark."""
+
+    identities: int = 64
+    """Synthetic people, of 32 images each."""
+    batch: int = 128
+    """Global batch."""
+    workers: int = 2
+    """Training workers."""
+    backbone: str = "tiny"
+    """Of the network."""
+    stream_steps: int = 400
+    """Batches that are read in the measurement of the stream alone; with few, all lie ready before the clock starts."""
+    train_steps: int = 100
+    """Steps that are counted, of the run and of the bare loop."""
 
 
 def per_second(call: Callable[[], object], amount: int) -> float:
@@ -54,37 +71,41 @@ def per_second(call: Callable[[], object], amount: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    torch.set_num_threads(2)
-    table = Table(title="images/s, median of three", title_justify="left")
-    for column in ("what", "images/s", "ratio to"):
+    arguments = tyro.cli(Arguments)
+    config = short_config(arguments.batch, arguments.workers, arguments.backbone)
+    table = Table(title="images/s, median", title_justify="left")
+    for column in ("what", "images/s", "ratio"):
         table.add_column(column, justify="right" if column != "what" else "left")
+    # Ranks are forked: before Ray has its threads, and before torch has its own.
+    bare = bare_rate(config, arguments.identities, arguments.train_steps)
+    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder, ray_session():
         started = time.perf_counter()
-        spec = SourceSpec(
-            format="synthetic",
-            synthetic=SyntheticConfig(num_identities=NUM_IDENTITIES, images_per_identity=PER_IDENTITY),
-        )
-        manifest = pack(spec, folder, PackSettings(samples_per_shard=512))
+        faces = SyntheticConfig(num_identities=arguments.identities, images_per_identity=PER_IDENTITY)
+        spec = SourceSpec(format="synthetic", synthetic=faces)
+        manifest = pack(spec, str(Path(folder) / "data"), PackSettings(samples_per_shard=512))
         packed = manifest.num_samples / (time.perf_counter() - started)
-        _one_core(table, manifest)
+        _one_core(table, manifest, faces)
         table.add_row("pack synthetic faces, all cores", f"{packed:,.0f}", "")
-        stream = _stream(manifest)
-        bare = _bare_training()
+        stream = _stream(manifest, arguments)
         table.add_row(
             "stream: read, verify, decode, AdaFace augmentation",
             f"{stream:,.0f}",
-            f"{stream / bare:.1f}x bare training",
+            f"{stream / bare:.1f}x the bare loop",
         )
-        table.add_row("bare training step in memory (demo network)", f"{bare:,.0f}", "")
+        job = job_rate(config, manifest, arguments.train_steps, str(Path(folder) / "run"))
+    network = f"{arguments.backbone}, batch {arguments.batch}, {arguments.workers} ranks"
+    table.add_row(f"bare loop in memory ({network})", f"{bare:,.0f}", "")
+    table.add_row(f"whole pipeline ({network})", f"{job:,.0f}", f"{job / bare:.3f}x (wanted: {LEAST_OF_BARE})")
     Console(file=sys.stdout, width=110).print(table)
 
 
-def _one_core(table: Table, manifest: Manifest) -> None:
+def _one_core(table: Table, manifest: Manifest, config: SyntheticConfig) -> None:
     torch.set_num_threads(1)
     data = storage.read_bytes(manifest.shard_uri(0))
     shard = parse_shard(data, "shard")
     count = len(shard.images)
-    faces = SyntheticFaces(num_identities=NUM_IDENTITIES, images_per_identity=PER_IDENTITY)
+    faces = SyntheticFaces(num_identities=config.num_identities, images_per_identity=config.images_per_identity)
     images = np.stack([decode_rgb(image) for image in shard.images])
     index, epoch = np.arange(count), np.zeros(count, np.int64)
     ours_parse, theirs_parse = (
@@ -109,25 +130,16 @@ def _tarfile(data: bytes) -> list[bytes]:
         return [archive.extractfile(member).read() for member in archive]
 
 
-def _stream(manifest: Manifest) -> float:
-    plan = StreamPlan(data=manifest, config=StreamConfig(), seed=0, batch=BATCH, total_steps=STREAM_STEPS)
+def _stream(manifest: Manifest, arguments: Arguments) -> float:
+    batch = arguments.batch
+    plan = StreamPlan(data=manifest, config=StreamConfig(), seed=0, batch=batch, total_steps=arguments.stream_steps)
     dataset = rank_dataset(plan, 1, 0, 0, Share(2.0, 1 << 30))
     blocks = dataset.iterator().iter_batches(batch_size=None, batch_format="numpy")
-    batches = BatchAssembler(iter(blocks), BATCH)
+    batches = BatchAssembler(iter(blocks), batch)
     next(batches)  # the start of the execution is not the stream's speed
     started = time.perf_counter()
-    count = sum(len(batch.labels) for batch in batches)
+    count = sum(len(found.labels) for found in batches)
     return count / (time.perf_counter() - started)
-
-
-def _bare_training() -> float:
-    config = demo()
-    model: LGAFConfig = config.model
-    head = ShardedMarginHead(299, model.embedding_dim, create_margin("cosface"))
-    step = TrainStep(model.build(), head, OptimizerConfig(), Schedule(), 1000, precision=config.precision)
-    images = torch.randint(0, 256, (BATCH, 112, 112, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 299, (BATCH,))
-    return per_second(lambda: [step(images, labels) for _ in range(5)], 5 * BATCH)
 
 
 if __name__ == "__main__":

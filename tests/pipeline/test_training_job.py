@@ -30,6 +30,8 @@ from pipeline.tracking.registry import champion
 from pipeline.training.commits import committed_steps
 from pipeline.training.divergence import DivergenceConfig
 from pipeline.training.metrics_log import read_metrics
+from pipeline.training.profiling import ProfileConfig
+from pipeline.training.split_report import read_splits
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.ray
@@ -97,7 +99,14 @@ def twin(place) -> TrainConfig:
     )
     tracking = dataclasses.replace(SMALL.tracking, model_name="twins")
     return dataclasses.replace(
-        SMALL, storage=str(place), run_name="twin-one", tracking=tracking, epochs=1, num_workers=1, head=head
+        SMALL,
+        storage=str(place),
+        run_name="twin-one",
+        tracking=tracking,
+        epochs=1,
+        num_workers=1,
+        head=head,
+        profile=ProfileConfig(steps=2, after=2),
     )
 
 
@@ -111,6 +120,14 @@ def test_one_worker_trains_on_the_same_global_batches(first, alone, place):
     ours, theirs = read_metrics(str(place / "twin-one")), read_metrics(str(place / "two-workers"))
     assert len(ours) == NUM_STEPS // 3
     assert [line["samples_digest"] for line in ours] == [line["samples_digest"] for line in theirs[: len(ours)]]
+
+
+def test_a_profile_of_a_run_takes_its_steps_apart(alone, place):
+    (split,) = read_splits(str(place / "twin-one"))
+    assert (split.first_step, len(split.steps), split.global_batch) == (2, 2, SMALL.batch_size)
+    assert all(split.mean_s[part] > 0 for part in ("data_wait", "forward", "head", "backward", "optimizer"))
+    # Of the four steps, the last one saves.
+    assert split.steps[0]["checkpoint"] == 0 < split.steps[1]["checkpoint"]
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(alone, twin, place):

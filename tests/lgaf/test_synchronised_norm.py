@@ -94,9 +94,7 @@ def _check_average(group) -> None:
         for value in (*model.parameters(), *model.buffers()):
             value.add_(1)
     average.update_parameters(model)
-    for (name, mine), (_, theirs) in zip(
-        average.module.state_dict().items(), model.state_dict().items(), strict=True
-    ):
+    for (name, mine), (_, theirs) in zip(average.module.state_dict().items(), model.state_dict().items(), strict=True):
         if mine.dtype.is_floating_point:
             torch.testing.assert_close(mine, theirs - 0.5, msg=name)
     assert average.module.eval()(torch.zeros(1, 3, 112, 112)).embedding_BD.isfinite().all()

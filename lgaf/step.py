@@ -26,6 +26,7 @@ from lgaf.models import FaceNetwork
 from lgaf.optim import OptimizerConfig, UpdateInBackward, clip_gradients
 from lgaf.schedule import Schedule
 from lgaf.seeding import mixed_seed
+from lgaf.synchronised_norm import check_synchronised_norms, synchronise_norms
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadPrecision = Literal["float32", "bfloat16"]
@@ -51,12 +52,14 @@ class StepConfig:
             is exported; 0: none. (0.9999 is usual.)
         compile: Compile the network (torch.compile): minutes at the start, faster steps.
         gradient_compression: Type in which the network's gradients travel between the ranks. "bfloat16" needs NCCL.
+        sync_batch_norm: Batch norm sees the rows of all ranks, not each rank its own; on GPUs alone.
     """
 
     accumulate: int = 1
     ema_decay: float = 0.0
     compile: bool = False
     gradient_compression: Literal["none", "float16", "bfloat16"] = "none"
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -119,7 +122,8 @@ class TrainStep:
             step then waits for the device.
 
     Raises:
-        ValueError: The centres are to move within the backward pass, and gradients to be looked at before.
+        ValueError: The centres are to move within the backward pass, and gradients to be looked at before; or batch
+            norm is to see several ranks on CPUs.
     """
 
     def __init__(
@@ -153,6 +157,9 @@ class TrainStep:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         self.average = _average(model, self.config.ema_decay)
         model.set_process_group(group)
+        if self.config.sync_batch_norm:  # after the average: it is a copy, and only ever evaluated
+            check_synchronised_norms(self.device, group)
+            synchronise_norms(model, group)
         self._network = self._distributed(model)
 
     def _distributed(self, model: FaceNetwork) -> nn.Module:

@@ -19,6 +19,7 @@ from pipeline.config import TrainConfig, recipe, recipe_of
 from pipeline.console import JobDisplay, closing_table
 from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.sources import SYNTHETIC, detect_format
+from pipeline.dry_run import dry_run
 from pipeline.errors import may_pass, message, user_error
 from pipeline.graph import run_graph
 from pipeline.runtime import ray_session
@@ -70,6 +71,9 @@ class TrainCommand:
     retries: int = 0
     """Further attempts when the job dies of something that another may not meet (killed, a lost cluster, a storage that
     is away); each goes on from the last checkpoint."""
+    dry_run: bool = False
+    """Only say what the run would be: its settings, parameters, memory of a worker and, from a few steps on this
+    machine, its hours. Starts and writes nothing."""
 
 
 def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
@@ -84,7 +88,11 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
         require_in_range("retries", commands[0].retries, 0, 1 << 20)
 
     def job() -> None:
-        run_training(_with_place(commands[0].config))
+        config = _with_place(commands[0].config)
+        if commands[0].dry_run:
+            dry_run(config, Console())
+        else:
+            run_training(config)
 
     if code := run_job(parse):
         return code

@@ -257,6 +257,10 @@ class TrainConfig:
             )
         if self.step.gradient_compression == "bfloat16" and not self.workers.use_gpu:
             raise ValueError("step.gradient_compression='bfloat16' needs workers.use_gpu; float16 does not")
+        if self.step.sync_batch_norm and not self.workers.use_gpu:
+            raise ValueError(
+                "step.sync_batch_norm=True needs workers.use_gpu: torch's SyncBatchNorm trains on GPUs alone"
+            )
         if set(self.run_name) & set("/\\ :") or self.run_name in (".", ".."):
             raise ValueError(f"run_name={self.run_name!r} must be usable as a folder name: no slash, colon or space")
 

@@ -147,24 +147,38 @@ def _prepare_set(uri: str, config: TrainConfig, on_progress: OnProgress) -> str:
     kind = detect_format(uri)
     if kind == PACKED:
         return storage.normalise(uri)
-    spec = SourceSpec(
+    return pack_shared(source_spec(uri, kind, config), config, on_progress).uri
+
+
+def source_spec(uri: str, kind: str, config: TrainConfig) -> SourceSpec:
+    """A run's source of this kind that is not packed yet."""
+    return SourceSpec(
         format=kind,
         uri="" if kind == SYNTHETIC else storage.normalise(uri),
         seed=config.pack.seed,
         synthetic=config.pack.synthetic,
     )
-    return pack_shared(spec, config, on_progress).uri
+
+
+def shared_place(spec: SourceSpec, config: TrainConfig) -> str:
+    """Where `pack_shared` puts a source, whether it is there or not."""
+    source = open_source(spec)
+    settings = _pack_settings(config)
+    key = {"source": source.version() | source.describe(), "settings": asdict(settings), "format": FORMAT_VERSION}
+    return storage.join(config.storage, "data", f"{spec.format}-{storage.fingerprint(key)[:12]}")
 
 
 def pack_shared(spec: SourceSpec, config: TrainConfig, on_progress: OnProgress) -> Manifest:
     """Pack a source into the storage's ``data`` folder, once: runs on equal data share the shards."""
-    settings = PackSettings(samples_per_shard=config.pack.samples_per_shard, seed=config.pack.seed)
-    source = open_source(spec)
-    key = {"source": source.version() | source.describe(), "settings": asdict(settings), "format": FORMAT_VERSION}
-    output = storage.join(config.storage, "data", f"{spec.format}-{storage.fingerprint(key)[:12]}")
+    output = shared_place(spec, config)
     if storage.exists(storage.join(output, manifest_file.NAME)):
         return Manifest.load(output)
+    settings = _pack_settings(config)
     return pack(spec, output, settings, on_progress=lambda what, done, total: on_progress("data", done, total, what))
+
+
+def _pack_settings(config: TrainConfig) -> PackSettings:
+    return PackSettings(samples_per_shard=config.pack.samples_per_shard, seed=config.pack.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

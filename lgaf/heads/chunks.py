@@ -104,12 +104,17 @@ def chunks_of(unit_GD: Tensor, learned: Mapping[str, Tensor], problem: FusedPass
         learned: Learned scalars of the margin.
         problem: The rest.
     """
-    margin = problem.margin
-    if margin.plain_negatives and isinstance(margin.objective, Softmax):
-        shift = fixed_shift(margin.scale, len(problem.centres), unit_GD.dtype)
-        if shift is not None:
-            return PlainSoftmaxChunks(unit_GD, problem, shift, len(learned))
+    shift = plain_shift(problem.margin, len(problem.centres), unit_GD.dtype)
+    if shift is not None:
+        return PlainSoftmaxChunks(unit_GD, problem, shift, len(learned))
     return AnyChunks(unit_GD, problem, learned)
+
+
+def plain_shift(margin: Margin, num_classes: int, dtype: torch.dtype) -> float | None:
+    """`fixed_shift` where the margin's other classes have plain logits and its objective is softmax; else None."""
+    if not (margin.plain_negatives and isinstance(margin.objective, Softmax)):
+        return None
+    return fixed_shift(margin.scale, num_classes, dtype)
 
 
 def fixed_shift(scale: float, num_classes: int, dtype: torch.dtype) -> float | None:

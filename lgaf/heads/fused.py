@@ -52,9 +52,7 @@ def plan_of(problem: FusedPass, chunks: Chunks, num_rows: int) -> Plan:
     """Chunks within the pass's budget."""
     weight, products = problem.centres.weight_CD, problem.products
     sampled, updates = problem.centres.rows_K is not None, problem.update is not None
-    # Copies [k, D] at one time: the product with the gradient, then what is not a view of something kept: centres,
-    # rounded operands, gradient, and an update's weight decay and rows of centres and momentum.
-    copies = 1 + sampled + 2 * (products.operands != weight.dtype) + updates * (2 + 2 * sampled)
+    copies = row_copies(sampled, products.operands != weight.dtype, updates)
     return plan_chunks(
         len(problem.centres),
         chunks.bytes_per_class(num_rows, weight.itemsize) + copies * weight.shape[1] * weight.itemsize,
@@ -62,6 +60,15 @@ def plan_of(problem: FusedPass, chunks: Chunks, num_rows: int) -> Plan:
         problem.budget,
         GPU_CHUNK if weight.is_cuda else CPU_CHUNK,
     )
+
+
+def row_copies(sampled: bool, rounded: bool, updates: bool) -> int:
+    """Copies [k, D] that a chunk needs at one time.
+
+    The product with the gradient, then what is not a view of something kept: centres, rounded operands, gradient, and
+    an update's weight decay and rows of centres and momentum.
+    """
+    return 1 + sampled + 2 * rounded + updates * (2 + 2 * sampled)
 
 
 def own_cosines(unit_GD: Tensor, centres: Centres, columns_G: Tensor) -> Tensor:

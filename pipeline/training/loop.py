@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch.profiler import record_function
 from lgaf import phases
 from lgaf.distributed import all_gather_stack, rank_in, world_size
 from lgaf.heads.global_batch import NonFiniteEmbeddingError
-from lgaf.heads.sharded import ShardedMarginHead
 from lgaf.step import StepResult, TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
@@ -27,6 +26,7 @@ from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.tracking.outbox import RunAddress
+from pipeline.training.assembly import assemble
 from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
@@ -252,32 +252,7 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     neighbours = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config.workers.threads or max(1, len(os.sched_getaffinity(0)) // neighbours))
     device = ray.train.torch.get_device()
-    torch.manual_seed(config.seed)
-    model = config.model.build().to(device)
-    head = ShardedMarginHead(
-        spec.plan.data.num_classes,
-        config.model.output_dim,
-        config.head.create(),
-        group=group,
-        seed=config.seed,
-        sample_rate=config.head.sample_rate,
-        screening=config.screening if config.screening.strength > 0 else None,
-        memory_budget=config.head.memory_budget_mib << 20,
-    ).to(device)
-    return TrainStep(
-        model,
-        head,
-        replace(config.optimizer, learning_rate=config.optimizer.learning_rate_for(config.batch_size)),
-        config.schedule,
-        spec.plan.total_steps,
-        group=group,
-        precision=config.precision,
-        head_precision=config.head.precision,
-        update_head_in_backward=config.head.update == "backward",
-        seed=config.seed,
-        config=config.step,
-        leave_out_non_finite=config.divergence.policy == "skip",
-    )
+    return assemble(config, spec.plan.data.num_classes, spec.plan.total_steps, device, group)
 
 
 def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,6 +123,7 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: _demo(seed=-1), r"seed=-1"),
         (lambda: _demo(step=StepConfig(accumulate=33)), r"step\.accumulate=33 leaves less than two.*of the 64"),
         (lambda: _demo(step=StepConfig(gradient_compression="bfloat16")), r"'bfloat16' needs workers\.use_gpu"),
+        (lambda: _demo(step=StepConfig(sync_batch_norm=True)), r"sync_batch_norm=True needs workers\.use_gpu"),
         (lambda: _demo(head=HeadConfig(update="backward"), precision="float16"), r"head\.update='backward'"),
         (
             lambda: _demo(head=HeadConfig(update="backward"), optimizer=OptimizerConfig(max_norm=5.0)),

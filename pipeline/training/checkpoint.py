@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -21,6 +23,8 @@ from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.training.commits import MARKER, checkpoint_uri, prune
+
+METADATA: Final = ".metadata"  # as torch's FileSystemWriter calls it
 
 
 def save_checkpoint(run_uri: str, train_step: TrainStep, details: dict[str, Any], keep: int) -> None:
@@ -64,23 +68,43 @@ def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
     Raises:
         StorageError: A file of it is missing or unreadable.
     """
-    uri = checkpoint_uri(run_uri, step)
+    read_checkpoint(checkpoint_uri(run_uri, step), training_state(train_step), train_step.group)
+    train_step.num_steps_done = step
+
+
+def read_checkpoint(uri: str, state: dict[str, Any], group: ProcessGroup | None) -> None:
+    """Load what ``state`` has a place for from the checkpoint at ``uri`` into its tensors; all ranks call this.
+
+    Raises:
+        StorageError: A file of it is missing or unreadable, or it lacks one of the tensors.
+    """
     with tempfile.TemporaryDirectory() as staging:
         folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
         if not storage.is_local(uri):
             for info in storage.list_files(uri):
                 (folder / info.uri.rsplit("/", 1)[1]).write_bytes(storage.read_bytes(info.uri))
         try:
-            load(
-                training_state(train_step),
-                storage_reader=FileSystemReader(folder),
-                process_group=train_step.group,
-                no_dist=train_step.group is None,
-            )
+            load(state, storage_reader=FileSystemReader(folder), process_group=group, no_dist=group is None)
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
             reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
             raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {reason}") from error
-    train_step.num_steps_done = step
+
+
+def tensor_shapes(uri: str) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each tensor of the checkpoint at ``uri``, by its names there ("head.weight").
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
+        if not storage.is_local(uri):
+            (folder / METADATA).write_bytes(storage.read_bytes(storage.join(uri, METADATA)))
+        try:
+            known = FileSystemReader(folder).read_metadata().state_dict_metadata
+        except Exception as error:  # of many kinds, whatever the bytes lead the reader to
+            raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {error}") from error
+    return {name: tuple(entry.size) for name, entry in known.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _barrier(train_step: TrainStep) -> None:

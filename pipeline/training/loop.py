@@ -25,6 +25,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.order import rank_slots
 from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
+from pipeline.model_card import Export, write_card
 from pipeline.model_store import save_model
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
@@ -33,6 +34,8 @@ from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
 from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
+from pipeline.training.warm_start import started_from
+from pipeline.training.warm_start_apply import apply_warm_start
 
 MODEL_FOLDER = "model"
 LOSSES_BEFORE = 20  # that are noted with a step that is not finite
@@ -93,13 +96,27 @@ def _train(spec: LoopSpec) -> None:
     first = latest_step(spec.run_uri)
     if first:
         restore_checkpoint(spec.run_uri, first, step)
+    else:
+        apply_warm_start(config.warm_start, spec.run_uri, step)
     log = _RankZeroLog(spec, first) if rank_in(step.group) == 0 else None
     if first < plan.total_steps:  # else a kill came between the last checkpoint and the export
         _train_steps(spec, step, log)
     if log is not None:
-        save_model(storage.join(spec.run_uri, MODEL_FOLDER), config.model, step.exported_model.state_dict())
+        _export(spec, step)
         log.close()
     dist.barrier()
+
+
+def _export(spec: LoopSpec, step: TrainStep) -> None:
+    """Write the model and its card."""
+    uri, network = storage.join(spec.run_uri, MODEL_FOLDER), step.exported_model
+    export = Export(
+        fingerprint=save_model(uri, spec.config.model, network.state_dict()),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_steps=spec.plan.total_steps,
+        started_from=started_from(spec.run_uri),
+    )
+    write_card(uri, spec.config, spec.plan.data, export)
 
 
 def _train_steps(spec: LoopSpec, step: TrainStep, log: _RankZeroLog | None) -> None:

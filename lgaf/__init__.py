@@ -1,4 +1,4 @@
-"""LGAF: the science. Needs torch and numpy, nothing else.
+"""LGAF: the science. Needs torch and numpy, and safetensors to load an exported model.
 
 The names below are imported on first use, so that ``import lgaf.config`` in a process that only handles data does not
 load torch.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lgaf.evaluation.verification import VerificationResult, verification_accuracy
+    from lgaf.export import load_exported
     from lgaf.heads.margins import MARGINS, Margin, create_margin
     from lgaf.heads.screening import SampleScreening
     from lgaf.heads.sharded import ShardedMarginHead
@@ -29,11 +30,13 @@ __all__ = [
     "VerificationResult",
     "create_backbone",
     "create_margin",
+    "load_exported",
     "verification_accuracy",
 ]
 
 _HOMES = {
     "lgaf.evaluation.verification": ("VerificationResult", "verification_accuracy"),
+    "lgaf.export": ("load_exported",),
     "lgaf.heads.margins": ("MARGINS", "Margin", "create_margin"),
     "lgaf.heads.screening": ("SampleScreening",),
     "lgaf.heads.sharded": ("ShardedMarginHead",),

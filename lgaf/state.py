@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -36,12 +37,14 @@ def training_state(step: TrainStep) -> dict[str, Any]:
             for key, value in step.optimizer.state[parameter].items()
         },
         "head": {
-            "weight": _over_classes(step, head.weight.detach()),
+            "weight": over_classes(head.weight.detach(), head.num_classes, step.group),
             **{name: value for name, value in head.state_dict().items() if name != "weight"},
         },
         "head_optimizer": {
             # A single number (AdamW counts its steps) is the same on all ranks.
-            f"{name}.{key}": _over_classes(step, value) if parameter is head.weight and value.ndim else value
+            f"{name}.{key}": over_classes(value, head.num_classes, step.group)
+            if parameter is head.weight and value.ndim
+            else value
             for name, parameter in head.named_parameters()
             for key, value in _optimizer_tensors(step, parameter).items()
         },
@@ -55,10 +58,10 @@ def _optimizer_tensors(step: TrainStep, parameter: nn.Parameter) -> dict[str, Te
     return tensors
 
 
-def _over_classes(step: TrainStep, shard: Tensor) -> Tensor:
-    group = step.group
+def over_classes(shard: Tensor, num_classes: int, group: ProcessGroup | None) -> Tensor:
+    """The tensor over all ``num_classes`` classes that ``shard`` holds this rank's rows of; it shares its memory."""
     if group is None or world_size(group) == 1:
         return shard
     mesh = DeviceMesh.from_group(group, shard.device.type)
-    shape = torch.Size((step.head.num_classes, *shard.shape[1:]))
+    shape = torch.Size((num_classes, *shard.shape[1:]))
     return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=shard.stride())

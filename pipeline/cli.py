@@ -31,6 +31,7 @@ from pipeline.tracking.store import default_tracking_uri
 from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.metrics_log import NAME as METRICS
 from pipeline.training.split_report import read_splits, split_table
+from pipeline.training.warm_start_prepare import pin_warm_start
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
 
@@ -145,6 +146,7 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
         detect_format(uri)  # a mistyped place is told before anything is started
     if config.benchmarks != SYNTHETIC:
         find_verification_sets(config.benchmarks)
+    pin_warm_start(config, run_uri, config.tracking.uri or default_tracking_uri(config.storage))
     place = _open_place(config, run_uri)
     status: Any = "FAILED"
     try:
@@ -173,7 +175,10 @@ def _with_place(config: TrainConfig) -> TrainConfig:
     mix = {uri if uri == SYNTHETIC else storage.normalise(uri): weight for uri, weight in config.mix.items()}
     if data in mix or len(mix) < len(config.mix):
         raise ValueError(f"mix={list(config.mix)} and data={data!r}: each set is named once")
-    config = replace(config, storage=storage.normalise(folder), data=data, mix=mix, benchmarks=sets)
+    warm_start = config.warm_start.normalised()
+    config = replace(
+        config, storage=storage.normalise(folder), data=data, mix=mix, benchmarks=sets, warm_start=warm_start
+    )
     return replace(config, run_name=config.run_name or f"{config.preset}-{storage.fingerprint(recipe(config))[:8]}")
 
 

@@ -24,6 +24,7 @@ from pipeline.data.stream_plan import StreamConfig
 from pipeline.tracking.promotion import PromotionPolicy
 from pipeline.training.divergence import DivergenceConfig
 from pipeline.training.profiling import ProfileConfig
+from pipeline.training.warm_start import WarmStart
 
 MarginName = Literal["arcface", "cosface", "combined", "adaface", "magface", "mv_softmax", "curricularface", "uniface"]
 
@@ -217,6 +218,7 @@ class TrainConfig:
     size)."""
     model: tyro.conf.AvoidSubcommands[NetworkSettings] = field(default_factory=LGAFConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     screening: SampleScreening = field(default_factory=lambda: SampleScreening(strength=0.0))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Schedule = field(default_factory=Schedule)

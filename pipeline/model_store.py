@@ -1,23 +1,23 @@
-"""Exported models: a folder with ``model.safetensors`` and ``config.json``, never a pickle."""
+"""Exported models at any URI: a folder with ``model.safetensors`` and ``config.json``, never a pickle.
+
+What the files hold is `lgaf.export`'s, which loads a local folder without this package.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
-from lgaf.config import from_dict, require_choice
-from lgaf.models import NETWORKS, FaceNetwork, NetworkConfig
+from lgaf.export import CONFIG, WEIGHTS, ExportError, check_info, exported, network_config, network_of
+from lgaf.models import FaceNetwork, NetworkConfig
 from pipeline import storage
 
-WEIGHTS: Final = "model.safetensors"
-CONFIG: Final = "config.json"
+__all__ = ["CONFIG", "WEIGHTS", "load_model", "read_model_config", "read_model_info", "save_model"]
 
 
-def save_model(uri: str, config: NetworkConfig, state: dict[str, Tensor]) -> str:
+def save_model(uri: str, config: NetworkConfig, state: Mapping[str, Tensor]) -> str:
     """Write a model and give its fingerprint (sha256 of the weights); the config, which holds it, is written last.
 
     Args:
@@ -25,14 +25,10 @@ def save_model(uri: str, config: NetworkConfig, state: dict[str, Tensor]) -> str
         config: Of a network of `NETWORKS`; it makes the network again.
         state: Its ``state_dict()``.
     """
-    network = next((name for name, kind in NETWORKS.items() if type(config) is kind), None)
-    if network is None:
-        raise ValueError(f"a {type(config).__name__} is of no network of {', '.join(NETWORKS)}")
-    weights = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    fingerprint = hashlib.sha256(weights).hexdigest()
+    weights, info = exported(config, state)
     storage.write_bytes(storage.join(uri, WEIGHTS), weights)
-    storage.write_json(storage.join(uri, CONFIG), {"network": network, "model": asdict(config), "sha256": fingerprint})
-    return fingerprint
+    storage.write_json(storage.join(uri, CONFIG), info)
+    return str(info["sha256"])
 
 
 def read_model_info(uri: str) -> dict[str, Any]:
@@ -41,13 +37,20 @@ def read_model_info(uri: str) -> dict[str, Any]:
     Raises:
         StorageError: There is none.
     """
-    info: dict[str, Any] = storage.read_json(storage.join(uri, CONFIG))
-    if not {"model", "sha256"} <= info.keys():
-        raise storage.StorageError(
-            f"{storage.join(uri, CONFIG)}: is not the config of an exported model (no model and sha256 in it); "
-            f"that of a run is in {storage.join(uri, 'model')}"
-        )
-    return info
+    try:
+        return check_info(storage.read_json(storage.join(uri, CONFIG)), storage.normalise(uri))
+    except ExportError as error:
+        raise storage.StorageError(str(error)) from error
+
+
+def read_model_config(uri: str) -> NetworkConfig:
+    """The settings of an exported model's network.
+
+    Raises:
+        StorageError: The folder holds no model.
+        ValueError: They name something this version does not know.
+    """
+    return network_config(read_model_info(uri), storage.normalise(uri))
 
 
 def load_model(uri: str) -> FaceNetwork:
@@ -58,12 +61,7 @@ def load_model(uri: str) -> FaceNetwork:
         ValueError: The config names something this version does not know.
     """
     info = read_model_info(uri)
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    found = hashlib.sha256(weights).hexdigest()
-    if found != info["sha256"]:
-        raise storage.StorageError(f"{storage.join(uri, WEIGHTS)}: sha256 is {found}, {CONFIG} says {info['sha256']}")
-    network = info.get("network", "lgaf")  # models of version 0.1 were all of that network
-    require_choice(f"{storage.join(uri, CONFIG)}: network", network, NETWORKS)
-    model = from_dict(NETWORKS[network], info["model"], "model").build()
-    model.load_state_dict(safetensors.torch.load(weights))
-    return model.eval()
+    try:
+        return network_of(info, storage.read_bytes(storage.join(uri, WEIGHTS)), storage.normalise(uri))
+    except ExportError as error:
+        raise storage.StorageError(str(error)) from error

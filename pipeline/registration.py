@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline import storage
 from pipeline.evaluation.report import EvalReport, outcomes
 from pipeline.evaluation.suite import evaluate_benchmarks
+from pipeline.model_card import CARD
 from pipeline.model_store import CONFIG, WEIGHTS
 from pipeline.tracking import registry
 from pipeline.tracking.model_package import FINGERPRINT_TAG
@@ -60,8 +61,10 @@ def register(store: str, name: str, candidate: Candidate) -> int:
         TrackingError: Here and in `promote_if_better`: MLflow cannot be reached, or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for file in (WEIGHTS, CONFIG):
-            (Path(folder) / file).write_bytes(storage.read_bytes(storage.join(candidate.model_uri, file)))
+        for file in (WEIGHTS, CONFIG, CARD):
+            uri = storage.join(candidate.model_uri, file)
+            if file != CARD or storage.exists(uri):
+                (Path(folder) / file).write_bytes(storage.read_bytes(uri))
         with contacting(store):
             return registry.register_model(
                 store,

@@ -21,16 +21,19 @@ from pipeline.data.synthetic import RENDERER_VERSION, SYNTHETIC_BENCHMARKS, benc
 from pipeline.evaluation.report import EvalReport, loss_figure, roc_figure
 from pipeline.evaluation.suite import evaluate_benchmarks
 from pipeline.graph import Stage
+from pipeline.model_card import add_evaluation, awaits_evaluation
 from pipeline.model_store import CONFIG
 from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
 from pipeline.tracking.reachability import StoreUnreachableError
 from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.commits import latest_step
+from pipeline.training.loop import MODEL_FOLDER
 from pipeline.training.metrics_log import NAME as METRICS
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.step_log import FILED_METRICS
 from pipeline.training.trainer import TrainedModel, stream_plan, train
+from pipeline.training.warm_start_prepare import prepare_warm_start
 
 REPORT: Final = "report.json"
 
@@ -107,7 +110,10 @@ def training_stages(config: TrainConfig, place: RunPlace, on_progress: OnProgres
             inputs=logged_to,
             needs=("train", "benchmarks"),
             run=functools.partial(_evaluate, config, place, on_progress),
-            is_valid=lambda report: storage.exists(storage.join(place.uri, REPORT)),
+            is_valid=lambda report: (
+                storage.exists(storage.join(place.uri, REPORT))
+                and not awaits_evaluation(storage.join(place.uri, MODEL_FOLDER))
+            ),
         ),
         Stage(
             name="register",
@@ -227,9 +233,9 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
     done = latest_step(place.uri)
     plan = stream_plan(config, loaded)
     left_out = epoch_samples(loaded) % config.batch_size
-    note = (
-        f"{'resumed' if done else 'from the start'}; {left_out} samples of each epoch are left out (less than a batch)"
-    )
+    warm = prepare_warm_start(config, loaded, place.uri, place.tracking_uri)
+    beginning = "from the start" if warm is None else warm.summary()
+    note = f"{'resumed' if done else beginning}; {left_out} samples of each epoch are left out (less than a batch)"
     on_progress("train", done, plan.total_steps, note)
     try:
         with place.tracked.steps_are_the_workers():
@@ -259,6 +265,7 @@ def _evaluate(config: TrainConfig, place: RunPlace, on_progress: OnProgress, nee
         on_progress=lambda done, total: on_progress("evaluate", done, total, "images embedded"),
     )
     storage.write_bytes(storage.join(place.uri, REPORT), report.to_json().encode())
+    add_evaluation(model.model_uri, report)
     place.tracked.log_metrics(report.metrics(), model.num_steps - 1)
     place.tracked.log_json("report", asdict(report))
     place.tracked.log_figure("roc", roc_figure(curves))

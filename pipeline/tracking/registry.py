@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.tracking.model_package import FINGERPRINT_TAG, download_model, log_model
+from pipeline.tracking.model_reference import ModelReference
 from pipeline.tracking.promotion import PromotionDecision
 from pipeline.tracking.store import client, model_lock
 
@@ -144,6 +145,26 @@ def get_version(tracking_uri: str, name: str, version: int) -> ModelVersionInfo:
             raise
         known = sorted(int(item.version) for item in registry.search_model_versions(f"name='{name}'"))
         raise ValueError(f"version={version} of model {name!r} does not exist; there are: {known or 'none'}") from error
+
+
+def find_version(tracking_uri: str, reference: ModelReference) -> ModelVersionInfo:
+    """The version that a reference names now.
+
+    Raises:
+        ValueError: There is none; the message names the aliases, or versions, that there are.
+    """
+    name = reference.name
+    if reference.version:
+        return get_version(tracking_uri, name, reference.version)
+    registry = client(tracking_uri)
+    found = _with_alias(registry, name, reference.alias)
+    if found is not None:
+        return found
+    models = registry.search_registered_models(f"name='{name}'")
+    if not models:
+        raise ValueError(f"model {name!r} does not exist in {tracking_uri}")
+    known = sorted(models[0].aliases)
+    raise ValueError(f"model {name!r} has no alias {reference.alias!r}; there are: {', '.join(known) or 'none'}")
 
 
 def fetch_model(tracking_uri: str, name: str, version: int, target: Path) -> Path:

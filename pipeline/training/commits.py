@@ -77,11 +77,10 @@ def _damage(run_uri: str, step: int, sizes: dict[str, int]) -> str:
     return ""
 
 
-def mark_damaged(run_uri: str, step: int, reason: str) -> None:
-    """Let a checkpoint count no more; it is swept with the next commit."""
-    folder = checkpoint_uri(run_uri, step)
-    storage.write_json(storage.join(folder, DAMAGED), {"step": step, "reason": reason})
-    storage.delete_file(storage.join(folder, MARKER))
+def mark_damaged(uri: str, reason: str) -> None:
+    """Let the checkpoint at ``uri`` count no more; it is swept with the next commit."""
+    storage.write_json(storage.join(uri, DAMAGED), {"reason": reason})
+    storage.delete_file(storage.join(uri, MARKER))
 
 
 def prune(run_uri: str, keep: int, keep_best: int = 0) -> None:

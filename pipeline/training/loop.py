@@ -23,17 +23,21 @@ from pipeline.config import TrainConfig
 from pipeline.data.order import rank_slots
 from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
+from pipeline.model_card import Export, write_card
 from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.tracking.outbox import RunAddress
 from pipeline.training.assembly import assemble
-from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
+from pipeline.training.checkpoint import restore_checkpoint
+from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.pulse import Pulse, StopVote
 from pipeline.training.step_log import PendingStep, StepLog
+from pipeline.training.warm_start import started_from
+from pipeline.training.warm_start_apply import apply_warm_start
 
 MODEL_FOLDER = "model"
 
@@ -73,6 +77,8 @@ def _train(spec: LoopSpec) -> None:
     first = latest_step(spec.run_uri)
     if first:
         restore_checkpoint(spec.run_uri, first, step)
+    else:
+        apply_warm_start(spec.config.warm_start, spec.run_uri, step)
     pulse = Pulse(spec.board, step.group)
     log = None
     if rank_in(step.group) == 0:
@@ -84,13 +90,24 @@ def _train(spec: LoopSpec) -> None:
         is_complete = first == spec.plan.total_steps or _Attempt(spec, step, log, pulse).run()
         pulse.at(step.num_steps_done, "end")
         if log is not None and is_complete:
-            model_uri = storage.join(spec.run_uri, MODEL_FOLDER)
-            save_model(model_uri, spec.config.model, step.exported_model.state_dict())
+            _export(spec, step)
     finally:
         if log is not None:
             log.close()
     dist.barrier()
     pulse.close()
+
+
+def _export(spec: LoopSpec, step: TrainStep) -> None:
+    """Write the model and its card."""
+    uri, network = storage.join(spec.run_uri, MODEL_FOLDER), step.exported_model
+    export = Export(
+        fingerprint=save_model(uri, spec.config.model, network.state_dict()),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_steps=spec.plan.total_steps,
+        started_from=started_from(spec.run_uri),
+    )
+    write_card(uri, spec.config, spec.plan.data, export)
 
 
 class _Attempt:

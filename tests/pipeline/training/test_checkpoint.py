@@ -22,7 +22,8 @@ from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
-from pipeline.training.checkpoint import Checkpointer, DamagedCheckpointError, restore_checkpoint
+from pipeline.training.checkpoint import DamagedCheckpointError, restore_checkpoint
+from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step, read_marker
 from tests.distributed import run_distributed
 

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from lgaf.distributed import rank_in
 from lgaf.state import training_state
 from pipeline import storage
-from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Checkpointer, restore_checkpoint
+from pipeline.training import checkpointer as saving
+from pipeline.training.checkpoint import restore_checkpoint
+from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import checkpoint_uri, committed_steps, latest_step, read_marker
 from tests.distributed import run_distributed
 from tests.pipeline.training.test_checkpoint import _flat, _scramble, _train_step
@@ -26,8 +27,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(checkpoint, "FIRST_DELAY_S", 0.05)
-    monkeypatch.setattr(checkpoint, "LONGEST_DELAY_S", 0.1)
+    monkeypatch.setattr(saving, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(saving, "LONGEST_DELAY_S", 0.1)
 
 
 class _Gate:
@@ -53,7 +54,7 @@ def _wait_for(condition) -> None:
 
 
 def _warnings(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == checkpoint.__name__]
+    return [record.getMessage() for record in caplog.records if record.name == saving.__name__]
 
 
 def _at(step: int):
@@ -188,7 +189,7 @@ def test_the_best_stay_beside_the_newest(tmp_path):
 
 def _save_in_half_failing_ranks(group, run_uri: str) -> None:
     """Rank 1's disk is full at first: nothing is committed, on no rank, and then all of it is."""
-    checkpoint.FIRST_DELAY_S = 0.05
+    saving.FIRST_DELAY_S = 0.05
     write, failures = FileSystemWriter.write_data, [2 if rank_in(group) == 1 else 0]
 
     def attempt(own, plan, planner):

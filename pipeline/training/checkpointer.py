@@ -1,0 +1,259 @@
+"""Saving the checkpoints of a run beside its training: any number of workers writes them, any other reads them.
+
+Training waits for a copy of its state in host memory alone; files, checksums, upload and marker are another thread's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lgaf.distributed import all_reduce_sum, rank_in, world_size
+from lgaf.state import training_state
+from lgaf.step import TrainStep
+from pipeline import storage
+from pipeline.training.checkpoint import checksum
+from pipeline.training.commits import MARKER, checkpoint_uri, prune
+
+_logger = logging.getLogger(__name__)
+
+# Between two attempts to write one checkpoint: rising from the first to the last.
+FIRST_DELAY_S: Final = 1.0
+LONGEST_DELAY_S: Final = 60.0
+# Of the writers' own collectives: an upload may keep the other ranks waiting.
+GROUP_TIMEOUT: Final = timedelta(hours=2)
+
+
+class Checkpointer:
+    """Saves a step's state while training goes on; at most one checkpoint is under way.
+
+    All ranks make one and call its methods alike. A storage that is full or away does not stop training: there is a
+    warning, and the same state is written again, at growing intervals, until it is committed or a newer one is due.
+
+    Args:
+        run_uri: Folder of the run.
+        train_step: What is saved.
+        keep: Newest checkpoints to keep.
+        keep_best: Of the others, as many with the lowest loss.
+        details: Written into each marker, for people.
+        before_commit: Rank 0 calls this before the marker: what a checkpoint counts on must be safe by then.
+    """
+
+    def __init__(
+        self,
+        run_uri: str,
+        train_step: TrainStep,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        details: Mapping[str, Any] | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
+        self._run_uri, self._train_step = run_uri, train_step
+        self._keep, self._keep_best, self._details = keep, keep_best, dict(details or {})
+        self._before_commit = before_commit or (lambda: None)
+        self._group: Any = None
+        if world_size(train_step.group) > 1:
+            # The writers talk to each other beside the training's collectives, over the hosts' network.
+            ranks = dist.get_process_group_ranks(train_step.group)
+            self._group = dist.new_group(ranks, timeout=GROUP_TIMEOUT, backend="gloo")
+        # Pinned buffers that are used again save half of the copy's time; they need an accelerator.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=train_step.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._failed = False  # an attempt of the one under way did
+        self._superseded = threading.Event()
+        self._bug: BaseException | None = None
+        self._last_error = ""
+        self.committed = 0
+        self.stall_s = 0.0  # of the last save: how long training waited for it
+
+    def save(self, loss: float | None = None) -> bool:
+        """Begin a checkpoint of the state as it is now.
+
+        Args:
+            loss: What `keep_best` compares.
+
+        Returns:
+            False, on all ranks alike, where the last one is still under way: ask again.
+        """
+        started = time.perf_counter()
+        self._raise_bug()
+        if self._is_busy_anywhere():
+            if self._failed:
+                self._superseded.set()
+            return False
+        state = training_state(self._train_step)
+        if "scaler" in state:
+            state["scaler"] = state["scaler"].state_dict()
+        staged = self._stager.stage(state)
+        self._failed, self._superseded = False, threading.Event()
+        marker = self._details | {"step": self._train_step.num_steps_done, "loss": loss}
+        self.stall_s = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._write, args=(staged, marker | {"stall_s": self.stall_s}), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return True
+
+    def save_now(self, patience_s: float, loss: float | None = None) -> None:
+        """Save the state as it is now, and wait until it is committed.
+
+        Args:
+            patience_s: How long a storage that is full or away is waited for.
+            loss: As for `save`.
+
+        Raises:
+            StorageError: It was not committed by then.
+        """
+        deadline = time.monotonic() + patience_s
+        begun = False
+        while not begun and time.monotonic() < deadline + LONGEST_DELAY_S:
+            begun = self.save(loss)
+            if not begun:
+                self._wait(LONGEST_DELAY_S)
+        step = self._train_step.num_steps_done
+        while begun and self._is_busy_anywhere():
+            if self._any_rank(time.monotonic() > deadline):
+                self._superseded.set()  # ends after the attempt that is under way
+            self._wait(1.0)
+        self._raise_bug()
+        if not self._any_rank(self.committed == step):
+            raise storage.StorageError(
+                f"{checkpoint_uri(self._run_uri, step)}: was not written within {patience_s:g} s: {self._last_error}"
+            )
+
+    def _wait(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _is_busy_anywhere(self) -> bool:
+        return self._any_rank(self._thread is not None and self._thread.is_alive())
+
+    def _any_rank(self, flag: bool) -> bool:
+        # Over the training's group: the writers may be talking over their own.
+        return bool(all_reduce_sum(torch.tensor(float(flag)), self._train_step.group))
+
+    def _raise_bug(self) -> None:
+        if self._bug is not None:
+            raise self._bug
+
+    def _write(self, staged: dict[str, Any], marker: dict[str, Any]) -> None:
+        delay_s = FIRST_DELAY_S
+        try:
+            while not self._attempt(staged, marker):
+                self._failed = True
+                self._superseded.wait(delay_s)
+                if not self._go_on():
+                    return
+                delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            self.committed = marker["step"]
+        except BaseException as error:  # raised where training next asks
+            self._bug = error
+
+    def _go_on(self) -> bool:
+        """Whether to try again: rank 0 says."""
+        decision = [not self._superseded.is_set()]
+        if self._group is not None:
+            dist.broadcast_object_list(decision, group=self._group, group_src=0)
+        return decision[0]
+
+    def _attempt(self, staged: dict[str, Any], marker: dict[str, Any]) -> bool:
+        """Write and commit; False, on all ranks alike, if the storage of one would not."""
+        uri = checkpoint_uri(self._run_uri, marker["step"])
+        with tempfile.TemporaryDirectory() as staging:
+            folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
+            files: dict[str, Any] = {}
+            parts = (
+                functools.partial(self._clear, uri),
+                functools.partial(self._write_files, staged, folder),
+                functools.partial(self._upload, uri, folder, files),
+                functools.partial(self._commit, uri, marker, files, time.perf_counter()),
+            )
+            return all(self._together(uri, part, files) for part in parts)
+
+    def _clear(self, uri: str) -> None:
+        if rank_in(self._group) == 0:
+            storage.delete_tree(uri)  # remains of an attempt that failed, or that a kill cut short
+
+    def _write_files(self, staged: dict[str, Any], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(
+            staged,
+            storage_writer=FileSystemWriter(folder),
+            # Batch-norm statistics differ between ranks; the exported model has rank 0's, so the checkpoint does too.
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+
+    def _upload(self, uri: str, folder: Path, files: dict[str, Any]) -> None:
+        """Read this rank's files again: for their checksums, and for a store that is no file system."""
+        for path in folder.iterdir():
+            if _is_of_rank(path.name, rank_in(self._group)):
+                files[path.name] = checksum(path)
+                if not storage.is_local(uri):
+                    storage.write_bytes(storage.join(uri, path.name), path.read_bytes())
+
+    def _commit(self, uri: str, marker: dict[str, Any], files: dict[str, Any], started: float) -> None:
+        if rank_in(self._group) == 0:
+            self._before_commit()
+            seconds = {"write_s": time.perf_counter() - started}
+            storage.write_json(storage.join(uri, MARKER), marker | {"files": files} | seconds)
+            prune(self._run_uri, self._keep, self._keep_best)
+
+    def _together(self, uri: str, part: Callable[[], None], files: dict[str, Any]) -> bool:
+        """Do a part on all ranks, and let each know whether all could; ``files`` of all ranks become one."""
+        failure: str | None = None
+        try:
+            part()
+        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+            reason = _storage_failure(error)
+            if reason is None:
+                raise
+            failure = reason
+        everyone: list[Any] = [(failure, dict(files))]
+        if self._group is not None:
+            everyone = [None] * world_size(self._group)
+            dist.all_gather_object(everyone, (failure, dict(files)), group=self._group)
+        for _, others in everyone:
+            files.update(others)
+        failures = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(everyone) if reason is not None]
+        if failures:
+            self._last_error = "; ".join(failures)
+            if rank_in(self._group) == 0:
+                _logger.warning("%s: the checkpoint is not written, training goes on: %s", uri, self._last_error)
+        return not failures
+
+
+def _storage_failure(error: BaseException) -> str | None:
+    """What a storage that is full, forbidden or away says; None for any other error."""
+    if isinstance(error, CheckpointException):
+        inner = [failure[0] for failure in error.failures.values()]
+        reasons = [_storage_failure(failure) for failure in inner]
+        return None if None in reasons else "; ".join(str(reason) for reason in reasons)
+    if isinstance(error, OSError | storage.StorageError):
+        return str(error)
+    # Torch's writer of zip files has no class of its own for a disk that is full.
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in str(error):
+        return str(error).splitlines()[0]
+    return None
+
+
+def _is_of_rank(name: str, rank: int) -> bool:
+    """Whether a rank wrote a file; rank 0 has the metadata too."""
+    return name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))

@@ -49,6 +49,13 @@ def test_presets_survive_json(name):
     assert from_dict(TrainConfig, plain_json(asdict(changed))) == changed
 
 
+@pytest.mark.parametrize("num_workers", [3, (1, 3)])
+def test_one_number_of_workers_or_two_survive_json(num_workers):
+    config = _demo(num_workers=num_workers)
+    assert from_dict(TrainConfig, plain_json(asdict(config))) == config
+    assert (config.fewest_workers, config.most_workers) == (num_workers if isinstance(num_workers, tuple) else (3, 3))
+
+
 @given(
     st.builds(LGAFConfig, embedding_dim=st.sampled_from([8, 64]), branches=st.sampled_from([("local",), ("global",)])),
     st.builds(Schedule, milestones=st.lists(st.floats(0.01, 1), max_size=3).map(lambda m: tuple(sorted(m)))),
@@ -117,6 +124,13 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: _demo(epochs=0), r"epochs=0 must be greater than 0"),
         (lambda: _demo(batch_size=0), r"batch_size=0 must be greater than 0"),
         (lambda: _demo(num_workers=-1), r"num_workers=-1 must be greater than 0"),
+        (lambda: _demo(num_workers=(0, 2)), r"num_workers=0 must be greater than 0"),
+        (lambda: _demo(num_workers=(3, 2)), r"num_workers=\(3, 2\) must be a number, or the fewest and then the most"),
+        (lambda: _demo(batch_size=4, num_workers=(2, 5)), r"batch_size=4 is less than the 5 workers"),
+        (lambda: WorkersConfig(hang_timeout_s=600), r"hang_timeout_s=600 must be more than.*storage_patience_s=600"),
+        (lambda: WorkersConfig(storage_patience_s=0), r"storage_patience_s=0 must be greater than 0"),
+        (lambda: WorkersConfig(max_failures=-2), r"max_failures=-2 must lie in"),
+        (lambda: WorkersConfig(keep_best_checkpoints=-1), r"keep_best_checkpoints=-1 must lie in"),
         (lambda: _demo(run_name="a/b"), r"run_name='a/b' must be usable as a folder name"),
         (lambda: _demo(run_name="s3:x"), r"run_name='s3:x'"),
         (lambda: _demo(run_name=".."), r"run_name='\.\.'"),

@@ -129,7 +129,7 @@ def _check_delays(group, folder: Path) -> None:
         split = _profiled(group, folder / part, {part: SKEW_S} if slow else {})
         if not slow:  # it has work of its own meanwhile, so not all of the delay
             assert split.mean_s["communication"] > 0.6 * SKEW_S, (part, split.mean_s)
-            assert split.mean_s[part] < split.mean_s["communication"], (part, split.mean_s)
+            assert split.mean_s[part] < 0.4 * SKEW_S, (part, split.mean_s)
 
 
 def test_a_delay_is_found_in_its_part_and_the_parts_add_up(tmp_path):

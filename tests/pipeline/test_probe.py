@@ -72,6 +72,13 @@ def test_sizes_end_at_what_is_wanted_or_fits(wanted, largest, sizes):
 
 
 @pytest.mark.usefixtures("quick")
+def test_sizes_can_be_multiples():
+    made: list[int] = []
+    assert time_sizes(_sleeping(made), first=10, wanted=17, largest=1000, multiple=4).is_scaled
+    assert made == [10, 16]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_step_that_takes_too_long_is_done_once(monkeypatch):
     monkeypatch.setattr(probe, "SLOW_S", 0.2)
     calls = []

@@ -79,7 +79,7 @@ def _train(spec: LoopSpec) -> None:
         restore_checkpoint(spec.run_uri, first, step)
     else:
         apply_warm_start(spec.config.warm_start, spec.run_uri, step)
-    pulse = Pulse(spec.board, step.group)
+    pulse = Pulse(spec.board, step.group, first)
     log = None
     if rank_in(step.group) == 0:
         run = spec.tracking

@@ -161,9 +161,10 @@ class Pulse:
     Args:
         board: Of `make_board`; None: nobody is told.
         group: All ranks.
+        step: Where they go on.
     """
 
-    def __init__(self, board: Any, group: ProcessGroup | None) -> None:
+    def __init__(self, board: Any, group: ProcessGroup | None, step: int = 0) -> None:
         self._board = board
         # The newest group is the one that started last, by the clock of rank 0.
         number = all_gather_stack(torch.tensor([time.time_ns()]), group)[0]
@@ -171,7 +172,7 @@ class Pulse:
             rank=rank_in(group),
             world_size=world_size(group),
             group=int(number),
-            step=0,
+            step=step,
             phase="data",
             for_s=0.0,
             process=f"pid {os.getpid()} on {socket.gethostname()}",

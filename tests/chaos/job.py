@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import signal
@@ -16,11 +15,8 @@ from pathlib import Path
 import psutil
 
 from pipeline import storage
-from pipeline.config import PackConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import epoch_order, plan
-from pipeline.data.sources import SyntheticConfig
-from pipeline.presets import demo
 from pipeline.training.metrics_log import read_metrics
 from tests.conftest import ROOT
 
@@ -45,11 +41,17 @@ class Job:
     """``jobs/train_demo.py`` at its smallest, with an own local Ray unless ``environment`` names a cluster."""
 
     def __init__(
-        self, folder: Path, *flags: str, epochs: int, name: str = "run", environment: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *flags: str,
+        epochs: int,
+        name: str = "run",
+        environment: dict[str, str] | None = None,
+        storage_uri: str = "",
     ) -> None:
         self.folder, self.epochs, self.name = folder, epochs, name
-        self.storage_uri = str(folder)
-        self.run_uri = str(folder / name)
+        self.storage_uri = storage_uri or str(folder)
+        self.run_uri = storage.join(self.storage_uri, name)
         self.flags = [*flags]
         self.environment = environment or {}
         self.seen = Seen()
@@ -227,16 +229,3 @@ def kill(process: psutil.Process) -> float:
     moment = time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
     return moment
-
-
-def small_config(epochs: int) -> TrainConfig:
-    """The job's configuration, for what tests compute from it."""
-    pack = PackConfig(
-        samples_per_shard=20, synthetic=SyntheticConfig(num_identities=PEOPLE, images_per_identity=IMAGES)
-    )
-    return dataclasses.replace(demo(), epochs=epochs, batch_size=BATCH, pack=pack)
-
-
-def read_report(run_uri: str) -> dict:
-    """The run's evaluation."""
-    return storage.read_json(storage.join(run_uri, "report.json"))

@@ -138,7 +138,7 @@ def test_sigterm_of_the_job(start, table, reference):
 
 def test_kill_in_the_middle_of_a_checkpoint(start, table, reference):
     job = start("--workers.max-failures", "-1", epochs=60)
-    folder = Path(job.run_uri) / "checkpoints"
+    folder = job.folder / job.name / "checkpoints"
     moments = []
     for steps in (7, 32, 61, 88, 118):
         job.wait_for_steps(steps)
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint(start, table, reference, damage):
     job.wait_for_steps(33)
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.finish(60) == 143, job.log()
-    newest = Path(job.run_uri) / "checkpoints" / f"step_{latest_step(job.run_uri):08d}"
+    newest = job.folder / job.name / "checkpoints" / f"step_{latest_step(job.run_uri):08d}"
     path = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

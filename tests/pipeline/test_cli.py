@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from lgaf.models import NETWORKS, LGAFConfig
 from lgaf.optim import OptimizerConfig
 from pipeline import cli, presets, storage
 from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
+from pipeline.stopping import StoppedError
+from pipeline.tracking.reachability import StoreRefusedError, StoreUnreachableError
 from pipeline.training.metrics_log import MetricsLog
 from tests.conftest import ROOT
 
@@ -283,11 +286,18 @@ def test_exit_codes(capsys):
     assert cli.run_job(lambda: None) == 0
     assert cli.run_job(fail(KeyboardInterrupt())) == 130
     assert "resumes" in capsys.readouterr().err
-    assert cli.run_job(fail(storage.StorageError("s3://x/[1]: does not exist"))) == 1
+    assert cli.run_job(fail(storage.MissingError("s3://x/[1]: does not exist"))) == 1
     text = capsys.readouterr().err
     assert "error: s3://x/[1]: does not exist" in text
     assert "Traceback" not in text
-    assert cli.run_job(fail(ZeroDivisionError("a bug"))) == 1
+    for passing in (storage.StorageError("s3://x: cannot read"), StoreUnreachableError("MLflow at x: refused")):
+        assert cli.run_job(fail(passing)) == 75, "another attempt may not meet it"
+        assert "Traceback" not in capsys.readouterr().err
+    assert cli.run_job(fail(StoreRefusedError("MLflow at x: forbidden"))) == 1
+    capsys.readouterr()
+    assert cli.run_job(fail(StoppedError(signal.SIGTERM, "stopped after 3 of 9 steps"))) == 143
+    assert "stopped after 3 of 9 steps, by SIGTERM; the same command resumes the run" in capsys.readouterr().err
+    assert cli.run_job(fail(ZeroDivisionError("a bug"))) == 75
     text = capsys.readouterr().err
     assert "Traceback" in text, "a bug keeps its traceback"
     assert "error: a bug" in text
@@ -297,7 +307,7 @@ def test_a_debug_variable_shows_the_traceback_of_user_errors(monkeypatch, capsys
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
 
     def job() -> None:
-        raise storage.StorageError("s3://x: does not exist")
+        raise storage.MissingError("s3://x: does not exist")
 
     assert cli.run_job(job) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -73,20 +73,30 @@ def test_kill_of_a_random_worker(start, table, reference):
     draw, moments = random.Random(0), []
     job.wait_for_steps(3)
     for _ in range(20):
-        moments.append(kill(draw.choice(job.processes(WORKER))))
-        mark = len(job.seen.at)
-        job.wait_until(lambda mark=mark: any(later[1] > earlier[1] for earlier, later in _pairs(job, mark)))
-        time.sleep(draw.uniform(0.0, 2.0))
+        workers = job.processes(WORKER)
+        moments.append(kill(draw.choice(workers)))
+        _wait_for_others(job, workers)
+        time.sleep(draw.uniform(0.0, 4.0))
     assert job.finish() == 0, job.log()
     _check(judge("kill -9 of a random worker", job, moments, data_of(job)), table)
     _is_reference(job, reference)
 
 
-def _pairs(job: Job, mark: int):
-    """Neighbouring looks at the file after the fault's restart: a rise tells of a step."""
-    looks = job.seen.at[max(0, mark - 1) :]
-    lowest = min(range(len(looks)), key=lambda place: looks[place][1]) if looks else 0
-    return zip(looks[lowest:], looks[lowest + 1 :], strict=False)
+def _wait_for_others(job: Job, workers: list[psutil.Process]) -> None:
+    """Until a group of other processes has done a step."""
+    before = {process.pid for process in workers}
+
+    def are_others() -> bool:
+        found = {process.pid for process in job.processes(WORKER)}
+        return len(found) == len(before) and not found & before
+
+    job.wait_until(are_others)
+    moment = time.monotonic()
+    job.wait_until(lambda: job.seen.at[-1][0] > moment and len(job.seen.at) > 1 and _rises(job))
+
+
+def _rises(job: Job) -> bool:
+    return job.seen.at[-1][1] > job.seen.at[-2][1]
 
 
 def test_kill_of_the_controller(start, table, reference):

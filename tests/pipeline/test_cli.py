@@ -73,6 +73,9 @@ def _run(preset: TrainConfig, arguments: list[str], capsys) -> tuple[int, str]:
         (["--stream.augmentation", "adafase"], ["stream.augmentation='adafase'", "did you mean 'adaface'"]),
         (["--run-name", "a/b"], ["run_name='a/b'", "no slash"]),
         (["--storage", "hdfs://bucket"], ["hdfs://bucket: unknown scheme 'hdfs'", "s3"]),
+        (["--num-workers", "3", "2"], ["num_workers=(3, 2) must be a number, or the fewest and then the most workers"]),
+        (["--retries", "-1"], ["retries=-1 must lie in"]),
+        (["--workers.hang-timeout-s", "5"], ["workers.hang_timeout_s=5 must be more than", "storage_patience_s=600"]),
         (["--tracking.url", "x"], ["--tracking.url", "--tracking.uri"]),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else value,
@@ -101,6 +104,15 @@ def test_the_real_job_says_what_it_requires(arguments, words, capsys, no_start, 
     for word in words:
         assert word in text
     assert not (tmp_path / "out").exists(), "nothing must be left behind"
+
+
+def test_a_dry_run_tells_and_leaves_nothing(capsys, no_start, tmp_path):
+    small = ["--model.backbone", "micro", "--model.embedding-dim", "16", "--batch-size", "16"]
+    assert cli.train_job(presets.demo(), ["--dry-run", *small, "--storage", str(tmp_path / "x")]) == 0
+    told = capsys.readouterr().out
+    for word in ("model.backbone", "micro", "Parameters", "Memory", "Time"):
+        assert word in told
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

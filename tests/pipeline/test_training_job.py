@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,7 +30,6 @@ from pipeline.training.divergence import DivergenceConfig
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.profiling import ProfileConfig
 from pipeline.training.split_report import read_splits
-from tests.conftest import ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -306,38 +303,3 @@ def test_a_place_that_holds_no_data_is_named(first, place, capfd, change, text):
     errors = capfd.readouterr().err
     assert text in errors.replace("\n", "")
     assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_driver_resumes_and_no_step_is_lost_or_doubled(tmp_path, num_workers):
-    """Kill -9 of the driver in mid-run, then the same command: its Ray is its own, so nothing of it survives."""
-    command = [sys.executable, str(ROOT / "jobs" / "train_demo.py"), "--storage", str(tmp_path), "--run-name", "killed"]
-    command += ["--epochs", "20", "--batch-size", "32", "--model.backbone", "micro", "--model.embedding-dim", "16"]
-    command += ["--pack.samples-per-shard", "20", "--pack.synthetic.num-identities", "8"]
-    command += ["--pack.synthetic.images-per-identity", "17", "--pack.benchmark-pairs", "40"]
-    command += ["--stream.block-rows", "16", "--workers.checkpoint-every-steps", "5", "--workers.log-every-steps", "1"]
-    command += ["--num-workers", str(num_workers)]
-    run_uri = str(tmp_path / "killed")
-    log = (tmp_path / "log").open("w")
-    driver = subprocess.Popen(command, stdout=log, stderr=log)
-    deadline = time.monotonic() + 240
-    while len(read_metrics(run_uri)) < 12 or not committed_steps(run_uri):
-        assert driver.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline, "the run did not start in time"
-        time.sleep(0.05)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    before = read_metrics(run_uri)
-    assert len(before) < 80, "the run had ended before the kill"
-
-    subprocess.run(command, check=True, timeout=240, stdout=log, stderr=log)
-    lines = read_metrics(run_uri)
-    assert [line["step"] for line in lines] == list(range(80))
-    data = next((tmp_path / "data").iterdir())
-    config = dataclasses.replace(SMALL, epochs=20)
-    assert [line["samples_digest"] for line in lines] == _planned_digests(str(data), config)
-    # The steps that both attempts did are the same to the last bit: the state came back whole.
-    resumed_at = max(step for step in range(0, 81, 5) if step <= len(before))
-    kept = [line["loss"] for line in before[:resumed_at]]
-    assert [line["loss"] for line in lines[: len(kept)]] == kept
-    assert champion(_store(tmp_path), "lgaf-demo").version == 1

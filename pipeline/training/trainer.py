@@ -25,7 +25,7 @@ from pipeline.data.quarantine import Quarantine
 from pipeline.data.stream import TRAIN, PlannedDataConfig
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_store import CONFIG, read_model_info
-from pipeline.runtime import is_on_cluster
+from pipeline.runtime import is_on_cluster, release_placement_groups
 from pipeline.stopping import StoppedError, StopSignals
 from pipeline.tracking.outbox import RunAddress
 from pipeline.training.commits import latest_step, placeholder_dataset, read_marker
@@ -121,6 +121,7 @@ def train(
                 if config.workers.max_failures >= 0 and controllers_lost > config.workers.max_failures:
                     raise
                 _logger.warning("Ray Train's controller died, training goes on with another: %s", _first_line(error))
+                release_placement_groups()
                 continue
             done = latest_step(run_uri)
             if done == plan.total_steps and storage.exists(storage.join(run_uri, MODEL_FOLDER, CONFIG)):

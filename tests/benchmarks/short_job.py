@@ -19,7 +19,8 @@ from lgaf.step import TrainStep
 from pipeline.config import TrainConfig, WorkersConfig
 from pipeline.data.manifest import Manifest
 from pipeline.presets import demo
-from pipeline.tracking import runs
+from pipeline.tracking.outbox import RunAddress
+from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.trainer import train
 from tests.distributed import run_distributed
@@ -88,7 +89,9 @@ def job_rate(config: TrainConfig, data: Manifest, num_steps: int, run_uri: str) 
     if config.profile.steps:
         needed = max(needed, config.profile.after + config.profile.steps)
     epochs = -(-needed // (data.num_samples // config.batch_size))
-    tracking_uri = f"sqlite:///{run_uri}-mlflow.db"
-    run_id = runs.open_run(tracking_uri, "benchmarks", "short-job")
-    train(dataclasses.replace(config, epochs=epochs), data, run_uri, tracking_uri=tracking_uri, mlflow_run_id=run_id)
+    address = RunAddress(
+        run_uri=run_uri, tracking_uri=f"sqlite:///{run_uri}-mlflow.db", experiment="benchmarks", run_name="short-job"
+    )
+    TrackedRun(address).begin({})  # makes the MLflow run, which rank 0 writes to
+    train(dataclasses.replace(config, epochs=epochs), data, run_uri, tracking=address)
     return float(np.median([line["images_per_second"] for line in read_metrics(run_uri)[WARM_UP:]]))

@@ -60,7 +60,7 @@ def run_job(job: Callable[[], None]) -> int:
         errors.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True, highlight=False)
         if known is not None and not os.environ.get(DEBUG_VARIABLE):
             errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
-        return EXIT_RETRY if known is None or may_pass(known) else EXIT_MENDABLE
+        return EXIT_RETRY if known is None or may_pass(error) else EXIT_MENDABLE
     return 0
 
 
@@ -98,7 +98,7 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
     if code := run_job(parse):
         return code
     if commands[0].retries:
-        return supervise([sys.executable, *sys.argv, "--retries", "0"], commands[0].retries)
+        return supervise([sys.executable, *sys.orig_argv[1:], "--retries", "0"], commands[0].retries)
     return run_job(job)
 
 

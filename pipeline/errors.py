@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from pipeline import retries
 from pipeline.data.manifest import ManifestError
 from pipeline.data.quarantine import QuarantineError
 from pipeline.data.recordio import RecordIOError
@@ -12,7 +13,7 @@ from pipeline.data.shards import ShardError
 from pipeline.data.sources import SourceError
 from pipeline.data.spill import PackError
 from pipeline.storage import MissingError, StorageError
-from pipeline.tracking.reachability import StoreUnreachableError, TrackingError
+from pipeline.tracking.reachability import TrackingError
 
 DATA_ERRORS: Final = (
     ManifestError,
@@ -50,10 +51,8 @@ def user_error(error: BaseException) -> BaseException | None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether another attempt may not meet it: a place that could not be reached, not one that is not there."""
-    if isinstance(error, StoreUnreachableError):
-        return True
-    return isinstance(error, StorageError) and not isinstance(error, DATA_ERRORS)
+    """Whether another attempt may not meet it: something could not be reached, which is not the same as not there."""
+    return any(retries.may_pass(cause) for cause in causes(error))
 
 
 def message(error: BaseException) -> str:

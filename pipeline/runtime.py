@@ -74,7 +74,7 @@ def _start_local() -> None:
 def release_placement_groups() -> None:
     """Give back what placement groups hold in a Ray of this process's own.
 
-    Those of a dead controller of Ray Train stay: Ray's cleaner asks the dashboard who is alive, and a local Ray has none.
+    Those of a dead controller of Ray Train stay: Ray's cleaner asks the dashboard who is alive, a local Ray has none.
     Two hundredths of a CPU are enough to leave the next attempt's data without one. On a cluster the cleaner works, and
     other jobs' groups are there too.
     """

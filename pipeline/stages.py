@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from pipeline.model_card import add_evaluation, awaits_evaluation
 from pipeline.model_store import CONFIG
 from pipeline.registration import Candidate, Registration, promote_if_better, register
 from pipeline.runtime import map_tasks
-from pipeline.tracking.reachability import StoreUnreachableError
+from pipeline.tracking.reachability import StoreUnreachableError, TrackingError
 from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.commits import latest_step
 from pipeline.training.loop import MODEL_FOLDER
@@ -248,8 +249,13 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
                     "train", done, total, f"loss {loss:6.3f}  {rate:5.0f} images/s"
                 ),
             )
-    finally:  # a worker that was killed has not sent its last steps
-        place.tracked.log_steps_of(storage.join(place.uri, METRICS), FILED_METRICS)
+    except Exception:
+        # With KeyboardInterrupt and SystemExit workers may still be sending: the next start does this.
+        with contextlib.suppress(TrackingError, OSError):  # the error itself is what people are to see
+            place.tracked.log_steps_of(storage.join(place.uri, METRICS), FILED_METRICS)
+        raise
+    # A worker that was killed has not sent its last steps.
+    place.tracked.log_steps_of(storage.join(place.uri, METRICS), FILED_METRICS)
     lines = read_metrics(place.uri)
     figure = loss_figure(*([line[name] for line in lines] for name in ("step", "loss", "lr")))
     place.tracked.log_figure("loss", figure)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Final
 
+from pipeline.stopping import EXIT_SIGTERM
+
 EXIT_MENDABLE: Final = 1  # by the user alone: a wrong setting, bad data
 EXIT_RETRY: Final = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED: Final = 130
@@ -31,7 +33,7 @@ def is_worth_a_retry(exit_code: int) -> bool:
     Args:
         exit_code: As `subprocess` gives it: negative for a signal.
     """
-    return exit_code < 0 or exit_code in (EXIT_RETRY, *(128 + number for number in (signal.SIGTERM, signal.SIGKILL)))
+    return exit_code < 0 or exit_code in (EXIT_RETRY, EXIT_SIGTERM, 128 + signal.SIGKILL)
 
 
 def supervise(command: Sequence[str], retries: int) -> int:
@@ -39,19 +41,23 @@ def supervise(command: Sequence[str], retries: int) -> int:
 
     SIGTERM and Ctrl-C go on to the child, whose exit is then not followed by another attempt.
     """
-    stopping = threading.Event()
+    received: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         stopping.set()
         # A terminal sends Ctrl-C to both by itself.
-        if child and (number == signal.SIGTERM or not sys.stdin.isatty()):
+        if child and (number == signal.SIGTERM or sys.stdin is None or not sys.stdin.isatty()):
             child[0].send_signal(number)
 
     before: dict[int, Any] = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for attempt in range(retries + 1):
             child[:] = [subprocess.Popen(command)]
+            if received:  # while it was being started
+                child[0].send_signal(received[0])
             code = child[0].wait()
             if stopping.is_set() or attempt == retries or not is_worth_a_retry(code):
                 return code if code >= 0 else 128 - code
@@ -59,7 +65,7 @@ def supervise(command: Sequence[str], retries: int) -> int:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             _logger.warning("the job died (%s); attempt %d of %d in %g s", how, attempt + 2, retries + 1, delay_s)
             if stopping.wait(delay_s):
-                return EXIT_INTERRUPTED
+                return 128 + received[0]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -77,10 +79,22 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failed = False  # an attempt of the one under way did
         self._superseded = threading.Event()
+        self._told = False  # that it takes long
         self._bug: BaseException | None = None
-        self._last_error = ""
-        self.committed = 0
-        self.stall_s = 0.0  # of the last save: how long training waited for it
+        self._uri = self._last_error = ""
+        self.committed = 0  # the step of the last one, 0 while it is under way
+
+    def is_free(self) -> bool:
+        """Whether the last checkpoint is done with, on all ranks alike: one that fails gives way to the next."""
+        self._raise_bug()
+        if not self._is_busy_anywhere():
+            return True
+        if self._failed:
+            self._superseded.set()
+        elif not self._told and rank_in(self._group) == 0:
+            self._told = True
+            _logger.warning("%s: is still being written while the next checkpoint is due", self._uri)
+        return False
 
     def save(self, loss: float | None = None) -> bool:
         """Begin a checkpoint of the state as it is now.
@@ -92,54 +106,54 @@ class Checkpointer:
             False, on all ranks alike, where the last one is still under way: ask again.
         """
         started = time.perf_counter()
-        self._raise_bug()
-        if self._is_busy_anywhere():
-            if self._failed:
-                self._superseded.set()
+        if not self.is_free():
             return False
+        step = self._train_step.num_steps_done
         state = training_state(self._train_step)
         if "scaler" in state:
             state["scaler"] = state["scaler"].state_dict()
         staged = self._stager.stage(state)
-        self._failed, self._superseded = False, threading.Event()
-        marker = self._details | {"step": self._train_step.num_steps_done, "loss": loss}
-        self.stall_s = time.perf_counter() - started
-        self._thread = threading.Thread(
-            target=self._write, args=(staged, marker | {"stall_s": self.stall_s}), name="checkpoint", daemon=True
-        )
+        self._failed, self._told, self._superseded = False, False, threading.Event()
+        self.committed, self._uri = 0, checkpoint_uri(self._run_uri, step)
+        marker = self._details | {"step": step, "loss": loss, "stall_s": time.perf_counter() - started}
+        self._thread = threading.Thread(target=self._write, args=(staged, marker), name="checkpoint", daemon=True)
         self._thread.start()
         return True
 
-    def save_now(self, patience_s: float, loss: float | None = None) -> None:
-        """Save the state as it is now, and wait until it is committed.
+    def save_now(
+        self, patience_s: float, loss: float | None = None, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """Save the state as it is now, unless that is done, and wait until it is committed.
 
         Args:
             patience_s: How long a storage that is full or away is waited for.
             loss: As for `save`.
+            on_wait: Called now and then, as long as there is patience.
 
         Raises:
             StorageError: It was not committed by then.
         """
         deadline = time.monotonic() + patience_s
-        begun = False
-        while not begun and time.monotonic() < deadline + LONGEST_DELAY_S:
-            begun = self.save(loss)
-            if not begun:
-                self._wait(LONGEST_DELAY_S)
         step = self._train_step.num_steps_done
-        while begun and self._is_busy_anywhere():
+        self._wait_until_free(deadline, on_wait)
+        if not self._any_rank(self.committed == step):
+            if self.save(loss):
+                self._wait_until_free(deadline, on_wait)
+            if not self._any_rank(self.committed == step):
+                raise storage.StorageError(
+                    f"{checkpoint_uri(self._run_uri, step)}: was not written within {patience_s:g} s: "
+                    f"{self._last_error}"
+                ) from TimeoutError()
+
+    def _wait_until_free(self, deadline: float, on_wait: Callable[[], None]) -> None:
+        while self._is_busy_anywhere():
             if self._any_rank(time.monotonic() > deadline):
                 self._superseded.set()  # ends after the attempt that is under way
-            self._wait(1.0)
+            else:
+                on_wait()
+            if self._thread is not None:
+                self._thread.join(1.0)
         self._raise_bug()
-        if not self._any_rank(self.committed == step):
-            raise storage.StorageError(
-                f"{checkpoint_uri(self._run_uri, step)}: was not written within {patience_s:g} s: {self._last_error}"
-            )
-
-    def _wait(self, seconds: float) -> None:
-        if self._thread is not None:
-            self._thread.join(seconds)
 
     def _is_busy_anywhere(self) -> bool:
         return self._any_rank(self._thread is not None and self._thread.is_alive())
@@ -155,6 +169,8 @@ class Checkpointer:
     def _write(self, staged: dict[str, Any], marker: dict[str, Any]) -> None:
         delay_s = FIRST_DELAY_S
         try:
+            if self._train_step.device.type == "cuda":
+                torch.cuda.set_device(self._train_step.device)  # a thread begins with the first
             while not self._attempt(staged, marker):
                 self._failed = True
                 self._superseded.wait(delay_s)
@@ -175,23 +191,26 @@ class Checkpointer:
     def _attempt(self, staged: dict[str, Any], marker: dict[str, Any]) -> bool:
         """Write and commit; False, on all ranks alike, if the storage of one would not."""
         uri = checkpoint_uri(self._run_uri, marker["step"])
-        with tempfile.TemporaryDirectory() as staging:
-            folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
-            files: dict[str, Any] = {}
-            parts = (
-                functools.partial(self._clear, uri),
-                functools.partial(self._write_files, staged, folder),
-                functools.partial(self._upload, uri, folder, files),
-                functools.partial(self._commit, uri, marker, files, time.perf_counter()),
-            )
+        files: dict[str, Any] = {}
+        # A remote checkpoint is put together here first; torch makes the folder, and tells all ranks if it cannot.
+        staging = Path(tempfile.gettempdir()) / f"lgaf-checkpoint-{uuid.uuid4().hex}"
+        folder = storage.local_path(uri) if storage.is_local(uri) else staging
+        parts = (
+            functools.partial(self._clear, uri),
+            functools.partial(self._write_files, staged, folder),
+            functools.partial(self._upload, uri, folder, files),
+            functools.partial(self._commit, uri, marker, files, time.perf_counter()),
+        )
+        try:
             return all(self._together(uri, part, files) for part in parts)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def _clear(self, uri: str) -> None:
         if rank_in(self._group) == 0:
             storage.delete_tree(uri)  # remains of an attempt that failed, or that a kill cut short
 
     def _write_files(self, staged: dict[str, Any], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         save(
             staged,
             storage_writer=FileSystemWriter(folder),
@@ -214,25 +233,31 @@ class Checkpointer:
             self._before_commit()
             seconds = {"write_s": time.perf_counter() - started}
             storage.write_json(storage.join(uri, MARKER), marker | {"files": files} | seconds)
-            prune(self._run_uri, self._keep, self._keep_best)
+            try:
+                prune(self._run_uri, self._keep, self._keep_best, newest=marker["step"])
+            except OSError as error:  # it counts all the same
+                _logger.warning("%s: older checkpoints could not be deleted: %s", self._run_uri, error)
 
     def _together(self, uri: str, part: Callable[[], None], files: dict[str, Any]) -> bool:
         """Do a part on all ranks, and let each know whether all could; ``files`` of all ranks become one."""
-        failure: str | None = None
+        failure, bug = None, None
         try:
             part()
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
-            reason = _storage_failure(error)
-            if reason is None:
-                raise
-            failure = reason
-        everyone: list[Any] = [(failure, dict(files))]
+            failure = _storage_failure(error)
+            bug = error if failure is None else None
+        own = (failure, repr(bug) if bug is not None else None, dict(files))
+        everyone: list[Any] = [own]
         if self._group is not None:
             everyone = [None] * world_size(self._group)
-            dist.all_gather_object(everyone, (failure, dict(files)), group=self._group)
-        for _, others in everyone:
+            dist.all_gather_object(everyone, own, group=self._group)
+        if bug is not None:
+            raise bug
+        for rank, (_, others_bug, others) in enumerate(everyone):
             files.update(others)
-        failures = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(everyone) if reason is not None]
+            if others_bug is not None:
+                raise RuntimeError(f"{uri}: rank {rank} cannot write: {others_bug}")
+        failures = [f"rank {rank}: {entry[0]}" for rank, entry in enumerate(everyone) if entry[0] is not None]
         if failures:
             self._last_error = "; ".join(failures)
             if rank_in(self._group) == 0:
@@ -248,8 +273,8 @@ def _storage_failure(error: BaseException) -> str | None:
         return None if None in reasons else "; ".join(str(reason) for reason in reasons)
     if isinstance(error, OSError | storage.StorageError):
         return str(error)
-    # Torch's writer of zip files has no class of its own for a disk that is full.
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in str(error):
+    # Torch's writer of zip files has no class of its own for a disk that is full, and hides Python's.
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):
         return str(error).splitlines()[0]
     return None
 

@@ -68,7 +68,11 @@ def latest_step(run_uri: str) -> int:
 def _damage(run_uri: str, step: int, sizes: dict[str, int]) -> str:
     """The first file of a checkpoint that is not as long as its marker says; empty where all are."""
     folder = checkpoint_uri(run_uri, step)
-    for name, expected in read_marker(run_uri, step).get("files", {}).items():
+    try:
+        marker = read_marker(run_uri, step)
+    except storage.MissingError:  # swept since it was listed
+        return f"{folder}: is gone"
+    for name, expected in marker.get("files", {}).items():
         uri = storage.join(folder, name)
         found = sizes.get(uri)
         if found != expected["num_bytes"]:
@@ -83,16 +87,17 @@ def mark_damaged(uri: str, reason: str) -> None:
     storage.delete_file(storage.join(uri, MARKER))
 
 
-def prune(run_uri: str, keep: int, keep_best: int = 0) -> None:
+def prune(run_uri: str, keep: int, keep_best: int = 0, newest: int | None = None) -> None:
     """Delete checkpoints that are not needed, the remains of unfinished ones too.
 
     Args:
         run_uri: Folder of the run.
         keep: Newest committed checkpoints that stay.
         keep_best: As many of the others stay, those with the lowest loss.
+        newest: The one just committed: those of later steps are what a damaged one led back from.
     """
     files = storage.list_files(storage.join(run_uri, "checkpoints"))
-    committed = _steps(files, of=f"/{MARKER}")
+    committed = [step for step in _steps(files, of=f"/{MARKER}") if newest is None or step <= newest]
     stays = set(committed[-keep:])
     if keep_best:
         losses = [(read_marker(run_uri, step).get("loss"), -step) for step in committed[:-keep]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pipeline.model_card import Export, write_card
 from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.tracking.outbox import RunAddress
-from pipeline.training.assembly import assemble
+from pipeline.training.assembly import assemble, safe_threads
 from pipeline.training.checkpoint import restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import latest_step
@@ -40,6 +41,8 @@ from pipeline.training.warm_start import started_from
 from pipeline.training.warm_start_apply import apply_warm_start
 
 MODEL_FOLDER = "model"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +76,13 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
 
 def _train(spec: LoopSpec) -> None:
+    pulse = Pulse(spec.board, dist.group.WORLD)
     step = build_train_step(spec, dist.group.WORLD)
-    first = latest_step(spec.run_uri)
+    first = _agreed_step(latest_step(spec.run_uri), step)
     if first:
         restore_checkpoint(spec.run_uri, first, step)
     else:
         apply_warm_start(spec.config.warm_start, spec.run_uri, step)
-    pulse = Pulse(spec.board, step.group, first)
     log = None
     if rank_in(step.group) == 0:
         run = spec.tracking
@@ -110,6 +113,14 @@ def _export(spec: LoopSpec, step: TrainStep) -> None:
     write_card(uri, spec.config, spec.plan.data, export)
 
 
+def _agreed_step(found: int, step: TrainStep) -> int:
+    """The step to go on from: what every rank found, or the group starts again."""
+    everyone = all_gather_stack(torch.tensor([found], device=step.device), step.group).flatten().tolist()
+    if len(set(everyone)) > 1:
+        raise RuntimeError(f"the ranks found checkpoints of different steps: {everyone}")
+    return found
+
+
 class _Attempt:
     """The steps from a checkpoint to the end, or to where the workers are asked to stop."""
 
@@ -117,8 +128,7 @@ class _Attempt:
         self._spec, self._step, self._log, self._pulse = spec, step, log, pulse
         self._config, self._plan = spec.config, spec.plan
         workers = world_size(step.group)
-        slots = [rank_slots(self._plan.batch, workers, rank) for rank in range(workers)]
-        self._sizes = [high - low for low, high in slots]
+        self._sizes = _sizes(self._plan, workers)
         rows = ray.train.get_dataset_shard(TRAIN).iter_batches(
             batch_size=None, batch_format="numpy", prefetch_batches=1
         )
@@ -145,11 +155,18 @@ class _Attempt:
         with self._profiler:
             for number in range(self._step.num_steps_done, self._plan.total_steps):
                 if self._vote.cast(self._pulse.asked_to_stop or self._leaves):
-                    if self._flush(saves=True):
-                        self._save_now()
+                    self._stop()
                     return False
                 self._one_step(number)
         return True
+
+    def _stop(self) -> None:
+        """Save, if that can be: whoever asked does not wait for a storage that is away."""
+        try:
+            if self._flush(saves=True):
+                self._save_now()
+        except storage.StorageError as error:  # on every rank alike
+            _logger.warning("stopped without a checkpoint, the last one counts: %s", error)
 
     def _one_step(self, number: int) -> None:
         workers = self._config.workers
@@ -169,7 +186,9 @@ class _Attempt:
         self._last_time = now
         done = number + 1
         is_last = done == self._plan.total_steps
-        saves = is_last or self._save_is_owed or done % workers.checkpoint_every_steps == 0
+        due = self._save_is_owed or done % workers.checkpoint_every_steps == 0
+        saves = is_last or (due and self._checkpointer.is_free())
+        self._save_is_owed = due and not saves
         if saves or spoilt or done % workers.log_every_steps == 0:
             self._flush(saves, spoilt)
         if saves:
@@ -180,15 +199,15 @@ class _Attempt:
 
     def _save(self) -> None:
         self._pulse.at(self._step.num_steps_done, "save")
-        loss = float(np.mean(self._losses)) if self._losses else None
-        self._save_is_owed = not self._checkpointer.save(loss)
-        if not self._save_is_owed:
-            self._losses.clear()
+        self._checkpointer.save(self._mean_loss())
+        self._losses.clear()
 
     def _save_now(self) -> None:
-        self._pulse.at(self._step.num_steps_done, "save")
-        loss = float(np.mean(self._losses)) if self._losses else None
-        self._checkpointer.save_now(self._config.workers.storage_patience_s, loss)
+        step, patience_s = self._step.num_steps_done, self._config.workers.storage_patience_s
+        self._checkpointer.save_now(patience_s, self._mean_loss(), lambda: self._pulse.at(step, "save"))
+
+    def _mean_loss(self) -> float | None:
+        return float(np.mean(self._losses)) if self._losses else None
 
     def _flush(self, saves: bool, spoilt: str = "") -> bool:
         """Gather what each rank trained on since the last time; rank 0 writes it. All ranks call this.
@@ -263,12 +282,24 @@ class _Attempt:
         ]
 
 
+def _sizes(plan: StreamPlan, workers: int) -> list[int]:
+    """What each rank has of a global batch."""
+    slots = [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
+    return [high - low for low, high in slots]
+
+
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     """Network, head and optimizer of a run on this worker's device; the same initial weights on every rank."""
     config = spec.config
     neighbours = ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(config.workers.threads or max(1, len(os.sched_getaffinity(0)) // neighbours))
+    threads = config.workers.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
     device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        safe = safe_threads(threads, _sizes(spec.plan, world_size(group)), config.step.accumulate)
+        if safe < threads:
+            _logger.warning("%d threads of torch instead of %d: more do not divide this rank's batch", safe, threads)
+        threads = safe
+    torch.set_num_threads(threads)
     return assemble(config, spec.plan.data.num_classes, spec.plan.total_steps, device, group)
 
 

@@ -51,7 +51,8 @@ class MetricsLog:
         self._stored = "".join(json.dumps(line) + "\n" for line in kept).encode()
         self._num_bytes = len(self._stored)
         self._waiting = b""
-        self._lock = threading.Lock()  # training writes, the thread that commits a checkpoint makes sure
+        # Training writes, the thread that commits a checkpoint makes sure: training never waits for a put.
+        self._lock, self._putting = threading.Lock(), threading.Lock()
         self._warned = False
         storage.write_bytes(self._uri, self._stored)
         if storage.is_local(self._uri):
@@ -64,7 +65,7 @@ class MetricsLog:
             if not storage.is_local(self._uri):
                 return
             try:
-                self._append(durable=False)
+                self._append()
             except OSError as error:
                 if not self._warned:
                     self._warned = True
@@ -77,23 +78,27 @@ class MetricsLog:
             StorageError: They cannot be written; they are kept.
             OSError: Likewise.
         """
-        with self._lock:
-            if storage.is_local(self._uri):
-                self._append(durable=True)
-                return
-            content = self._stored + self._waiting
+        if storage.is_local(self._uri):
+            with self._lock:
+                self._append()
+            with storage.local_path(self._uri).open("rb") as file:
+                os.fsync(file.fileno())
+            return
+        with self._putting:
+            with self._lock:
+                waiting = self._waiting
+            content = self._stored + waiting
             storage.write_bytes(self._uri, content)
-            self._stored, self._waiting = content, b""
+            self._stored = content
+            with self._lock:
+                self._waiting = self._waiting[len(waiting) :]
 
-    def _append(self, durable: bool) -> None:
+    def _append(self) -> None:
         with storage.local_path(self._uri).open("r+b") as file:
             # Not at the end: a disk that was full may have taken half of a line.
             file.seek(self._num_bytes)
             file.write(self._waiting)
             file.truncate()
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
         self._num_bytes += len(self._waiting)
         self._waiting = b""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any, Final
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -34,7 +35,7 @@ ANSWER_S: Final = 30.0  # how long the board may take
 SILENT_S: Final = 15.0
 
 # What a rank does, in the order of a step: of two ranks in one step, the other waits for the one that is less far.
-PHASES: Final = ("data", "step", "log", "save", "end")
+PHASES: Final = ("load", "data", "step", "log", "save", "end")
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Position:
     Attributes:
         rank: Of the worker.
         world_size: Of its group.
-        group: Number of its group: later groups have larger ones.
+        group: Which group it is of; another one has another number.
         step: That it works on.
         phase: Of the step, one of `PHASES`.
         for_s: Seconds that it has been there.
@@ -87,6 +88,7 @@ class Look:
 class Hang:
     """A group that does not get on: the ranks that the others wait for, and what is known of them."""
 
+    group: int
     ranks: tuple[int, ...]
     diagnosis: str
 
@@ -98,6 +100,7 @@ class _Board:
         self._progress: tuple[int, float, float] | None = None
         self._positions: dict[int, Position] = {}
         self._workers: dict[int, Any] = {}
+        self._groups: list[int] = []  # as they came
         self._warnings: list[str] = []
         self._stop = False
 
@@ -107,11 +110,12 @@ class _Board:
     def beat(self, position: Position, worker: Any, warnings: list[str]) -> bool:
         """Note where a rank is and what it warns of; tells it whether to stop."""
         self._warnings += warnings
-        group = max([position.group, *(known.group for known in self._positions.values())])
-        if position.group == group:  # else it is what remains of a group that is being replaced
-            known = {rank: other for rank, other in self._positions.items() if other.group == group}
-            self._positions = known | {position.rank: replace(position, heard=time.monotonic())}
-            self._workers = {rank: self._workers.get(rank) for rank in known} | {position.rank: worker}
+        if position.group not in self._groups:
+            self._groups.append(position.group)
+            self._positions, self._workers = {}, {}
+        if position.group == self._groups[-1]:  # else it is what remains of a group that was replaced
+            self._positions[position.rank] = replace(position, heard=time.monotonic())
+            self._workers[position.rank] = worker
         return self._stop
 
     def look(self) -> Look:
@@ -126,13 +130,13 @@ class _Board:
     def ask_to_stop(self) -> None:
         self._stop = True
 
-    def give_up(self, ranks: tuple[int, ...]) -> None:
-        """Kill the workers of these ranks, and forget the group: Ray Train starts another."""
-        for rank in ranks:
-            worker = self._workers.get(rank)
-            if worker is not None:
-                ray.kill(worker)
-        self._positions, self._workers = {}, {}
+    def give_up(self, group: int, ranks: tuple[int, ...]) -> None:
+        """Kill the workers of these ranks, unless theirs is the newest group no more: Ray Train starts another."""
+        if self._groups[-1:] == [group]:
+            for rank in ranks:
+                if rank in self._workers:
+                    ray.kill(self._workers[rank])
+            self._positions, self._workers = {}, {}
 
 
 def make_board() -> Any:
@@ -161,19 +165,17 @@ class Pulse:
     Args:
         board: Of `make_board`; None: nobody is told.
         group: All ranks.
-        step: Where they go on.
     """
 
-    def __init__(self, board: Any, group: ProcessGroup | None, step: int = 0) -> None:
+    def __init__(self, board: Any, group: ProcessGroup | None) -> None:
         self._board = board
-        # The newest group is the one that started last, by the clock of rank 0.
-        number = all_gather_stack(torch.tensor([time.time_ns()]), group)[0]
+        number = all_gather_stack(torch.tensor([secrets.randbits(62)]), group)[0]  # rank 0's draw
         self._position = Position(
             rank=rank_in(group),
             world_size=world_size(group),
             group=int(number),
-            step=step,
-            phase="data",
+            step=0,
+            phase="load",
             for_s=0.0,
             process=f"pid {os.getpid()} on {socket.gethostname()}",
         )
@@ -183,8 +185,9 @@ class Pulse:
         self.asked_to_stop = False
         self._warnings = _Warnings()
         logging.getLogger("pipeline").addHandler(self._warnings)
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         if board is not None:
-            threading.Thread(target=self._run, name="pulse", daemon=True).start()
+            self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """Note what this rank does now."""
@@ -194,9 +197,10 @@ class Pulse:
     def close(self) -> None:
         """Tell the last, and then nothing more."""
         self._closed.set()
-        logging.getLogger("pipeline").removeHandler(self._warnings)
         if self._board is not None:
+            self._thread.join(ANSWER_S)
             self._tell(ray.get_runtime_context().current_actor)
+        logging.getLogger("pipeline").removeHandler(self._warnings)
 
     def _run(self) -> None:
         worker = ray.get_runtime_context().current_actor
@@ -211,11 +215,11 @@ class Pulse:
         try:
             told = self._board.beat.remote(position, worker, self._warnings.take())
             self.asked_to_stop |= ray.get(told, timeout=ANSWER_S)
-        except GetTimeoutError:  # a machine with more work than cores; the board is asked again
-            return True
-        except Exception as error:  # the board is for people: without it training goes on
+        except ActorDiedError as error:  # the board is for people: without it training goes on
             _logger.warning("the driver's board is gone, and is told no more: %s", error)
             return False
+        except Exception as error:  # a machine with more work than cores, a network that stumbles: asked again
+            _logger.debug("the driver's board does not answer: %s", error)
         return True
 
     def _stack(self) -> str:
@@ -261,6 +265,8 @@ def find_hang(known: Sequence[Position], now: float, timeout_s: float) -> Hang |
     if min(still_s.values()) < timeout_s:
         return None
     silent = tuple(place.rank for place in known if now - place.heard > SILENT_S)
+    if len(silent) == len(known):
+        return None  # what remains of a group that has ended
     behind = min((place.step, PHASES.index(place.phase)) for place in known)
     least = tuple(place.rank for place in known if (place.step, PHASES.index(place.phase)) == behind)
     blamed = silent or least
@@ -278,7 +284,7 @@ def find_hang(known: Sequence[Position], now: float, timeout_s: float) -> Hang |
         )
         if place.rank in blamed and place.stack:
             lines += [f"    {line}" for line in place.stack.rstrip().splitlines()]
-    return Hang(ranks=tuple(sorted(blamed)), diagnosis="\n".join(lines))
+    return Hang(group=known[0].group, ranks=tuple(sorted(blamed)), diagnosis="\n".join(lines))
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -109,4 +109,7 @@ class StepLog:
     def close(self) -> None:
         """Write and send what the storage and MLflow do not have yet."""
         self.settle()
-        self._sink.close()
+        try:
+            self._sink.close()
+        except OSError as error:
+            _logger.warning("metrics that MLflow does not have are not kept: %s", error)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -35,6 +36,7 @@ from pipeline.training.metrics_log import read_metrics
 from pipeline.training.pulse import ANSWER_S, Look, find_hang, make_board
 
 POLL_S = 0.5
+REPLACE_S = 3.0  # before another controller: the workers of the one that died end meanwhile
 
 OnProgress = Callable[[int, int, float, float], None]
 
@@ -116,18 +118,19 @@ def train(
             )
             try:
                 _Fit(config, spec, signals, on_progress).run()
-            except RayActorError as error:  # Ray starts workers again, but not what watches over them
+            except ActorDiedError as error:  # Ray starts workers again, but not what watches over them
                 controllers_lost += 1
                 if config.workers.max_failures >= 0 and controllers_lost > config.workers.max_failures:
                     raise
                 _logger.warning("Ray Train's controller died, training goes on with another: %s", _first_line(error))
                 release_placement_groups()
+                time.sleep(REPLACE_S)
                 continue
             done = latest_step(run_uri)
-            if done == plan.total_steps and storage.exists(storage.join(run_uri, MODEL_FOLDER, CONFIG)):
-                return _result(config, plan, run_uri)
             if signals.received:
                 raise StoppedError(signals.received, f"stopped after {done} of {plan.total_steps} steps")
+            if done == plan.total_steps and storage.exists(storage.join(run_uri, MODEL_FOLDER, CONFIG)):
+                return _result(config, plan, run_uri)
             _logger.warning("a node of the run is being taken away: going on elsewhere from step %d", done)
 
 
@@ -161,8 +164,8 @@ class _Fit:
     ) -> None:
         self._config, self._spec, self._signals, self._on_progress = config, spec, signals, on_progress
         self._error: BaseException | None = None
-        self._asked_to_stop = False
-        self._group = 0
+        self._asked_to_stop = self._warned = False
+        self._group: int | None = None
 
     def run(self) -> None:
         thread = threading.Thread(target=self._train, args=(_trainer(self._config, self._spec),), daemon=True)
@@ -170,6 +173,8 @@ class _Fit:
         while thread.is_alive():
             thread.join(POLL_S)
             self._watch()
+            if self._signals.received and self._group is None:
+                return  # nobody trains yet: nothing to wait for
         self._watch()
         if self._error is not None:
             raise_fatal(self._spec.run_uri)  # the plain reason instead of Ray's wrapping of it
@@ -189,7 +194,9 @@ class _Fit:
         try:
             look: Look = ray.get(board.look.remote(), timeout=ANSWER_S)
         except Exception as error:  # the display must never end a run
-            _logger.debug("the board does not answer: %s", error)
+            if not self._warned:
+                self._warned = True
+                _logger.warning("no progress is shown, and no hang is seen: the board does not answer: %s", error)
             return
         for warning in look.warnings:
             _logger.warning("%s", warning)
@@ -201,18 +208,14 @@ class _Fit:
         hang = find_hang(look.positions, look.now, timeout_s) if timeout_s else None
         if hang is not None:
             _logger.warning("the run hangs, the workers are started again: %s", hang.diagnosis)
-            board.give_up.remote(hang.ranks)
+            board.give_up.remote(hang.group, hang.ranks)
 
     def _tell_of_new_group(self, look: Look) -> None:
         if not look.positions or look.positions[0].group == self._group:
             return
         newest = look.positions[0]
-        if self._group:
-            _logger.warning(
-                "the workers were started again, %d of them, from step %d",
-                newest.world_size,
-                min(place.step for place in look.positions),
-            )
+        if self._group is not None:
+            _logger.warning("the workers were started again, %d of them", newest.world_size)
         self._group = newest.group
 
 

@@ -127,7 +127,7 @@ def _demo(**changes: object) -> TrainConfig:
         (lambda: _demo(num_workers=(0, 2)), r"num_workers=0 must be greater than 0"),
         (lambda: _demo(num_workers=(3, 2)), r"num_workers=\(3, 2\) must be a number, or the fewest and then the most"),
         (lambda: _demo(batch_size=4, num_workers=(2, 5)), r"batch_size=4 is less than the 5 workers"),
-        (lambda: WorkersConfig(hang_timeout_s=600), r"hang_timeout_s=600 must be more than.*storage_patience_s=600"),
+        (lambda: WorkersConfig(hang_timeout_s=-1), r"hang_timeout_s=-1 must lie in"),
         (lambda: WorkersConfig(storage_patience_s=0), r"storage_patience_s=0 must be greater than 0"),
         (lambda: WorkersConfig(max_failures=-2), r"max_failures=-2 must lie in"),
         (lambda: WorkersConfig(keep_best_checkpoints=-1), r"keep_best_checkpoints=-1 must lie in"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgaf.distributed import rank_in
-from pipeline.training.pulse import PHASES, Hang, Position, StopVote, _Board, find_hang
+from pipeline.training.pulse import PHASES, SILENT_S, Hang, Position, StopVote, _Board, find_hang
 from tests.distributed import run_distributed
 
 TIMEOUT_S = 100.0
@@ -42,6 +42,10 @@ def test_a_rank_that_is_silent_is_the_one_whatever_it_did_last():
     assert "rank 1: not heard of (stopped, or its node is lost)" in hang.diagnosis
 
 
+def test_where_all_are_silent_the_group_has_ended():
+    assert _find(*(_place(rank, heard=900.0) for rank in range(3))) is None
+
+
 def test_where_all_are_at_the_same_place_all_are_named():
     hang = _find(_place(0), _place(1), _place(2))
     assert hang.ranks == (0, 1, 2)
@@ -58,7 +62,8 @@ def test_one_rank_that_got_on_is_enough(places):
     known = [_place(rank, for_s=for_s, heard=heard, phase=phase) for rank, (for_s, heard, phase) in enumerate(places)]
     still = [place.for_s + 1000.0 - place.heard for place in known]
     hang = find_hang(known, 1000.0, TIMEOUT_S)
-    assert (hang is None) == (min(still) < TIMEOUT_S)
+    all_silent = all(1000.0 - place.heard > SILENT_S for place in known)
+    assert (hang is None) == (min(still) < TIMEOUT_S or all_silent)
     assert hang is None or hang.ranks
 
 
@@ -66,10 +71,18 @@ def test_the_board_forgets_a_group_that_was_replaced():
     board = _Board()
     for rank in range(3):
         assert not board.beat(_place(rank, group=1), None, [])
-    board.beat(_place(0, group=2, world_size=2), None, ["careful"])
-    assert [(place.rank, place.group) for place in board.look().positions] == [(0, 2)]
+    board.beat(_place(0, group=-2, world_size=2), None, ["careful"])
+    assert [(place.rank, place.group) for place in board.look().positions] == [(0, -2)]
     board.beat(_place(1, group=1), None, [])  # of the old group, on its way out
-    assert [(place.rank, place.group) for place in board.look().positions] == [(0, 2)]
+    assert [(place.rank, place.group) for place in board.look().positions] == [(0, -2)]
+
+
+def test_a_group_that_was_replaced_meanwhile_is_not_given_up():
+    board = _Board()
+    board.beat(_place(0, group=1), None, [])
+    board.beat(_place(0, group=2), "a handle that ray.kill would refuse", [])
+    board.give_up(1, (0,))
+    assert [place.group for place in board.look().positions] == [2]
 
 
 def test_warnings_are_told_once():

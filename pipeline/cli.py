@@ -15,7 +15,7 @@ from rich.console import Console
 from lgaf.config import require_choice, require_in_range
 from lgaf.models import NETWORKS
 from pipeline import presets, storage
-from pipeline.config import TrainConfig, recipe, recipe_of
+from pipeline.config import TrainConfig, flat_settings, recipe, recipe_of
 from pipeline.console import JobDisplay, closing_table
 from pipeline.data.benchmarks import find_verification_sets
 from pipeline.data.sources import SYNTHETIC, detect_format
@@ -187,20 +187,12 @@ def _check_resumable(config: TrainConfig, run_uri: str) -> None:
     uri = storage.join(run_uri, "config.json")
     content = storage.plain_json(asdict(config))
     if storage.exists(uri) and storage.exists(storage.join(run_uri, METRICS)):
-        before, now = (_fields(recipe_of(settings)) for settings in (storage.read_json(uri), content))
+        before, now = (flat_settings(recipe_of(settings)) for settings in (storage.read_json(uri), content))
         fixed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
         if fixed:
             details = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fixed)
             raise ValueError(f"run_name={config.run_name!r} was started with another configuration: {details}")
     storage.write_json(uri, content)
-
-
-def _fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested settings by their names on the command line."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
 
 
 def _open_place(config: TrainConfig, run_uri: str) -> RunPlace:

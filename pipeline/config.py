@@ -53,6 +53,14 @@ def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return content | {"stream": stream}
 
 
+def flat_settings(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by their names on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackConfig:
     """How a source that is not packed yet is packed."""

@@ -18,7 +18,7 @@ from lgaf.memory import Activations, count_activations
 from lgaf.models import FaceNetwork
 from lgaf.step import AUTOCAST, Precision
 from pipeline import presets, storage
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, flat_settings
 from pipeline.data import manifest as manifest_file
 from pipeline.data.manifest import Manifest, ShardInfo
 from pipeline.data.mixture import Mixture
@@ -99,7 +99,7 @@ def dry_run(config: TrainConfig, console: Console) -> DryRun:
         StorageError: The data are not where they should be.
         ValueError: There are fewer people than workers, or fewer images than a batch has.
     """
-    console.print(settings_table(settings := flat(asdict(config)), changed := changes(config)))
+    console.print(settings_table(settings := flat_settings(asdict(config)), changed := changes(config)))
     data = count_data(config)
     console.print(data_table(data))
     device = probe_device(config)
@@ -139,19 +139,11 @@ def dry_run(config: TrainConfig, console: Console) -> DryRun:
     return found
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested settings by their names on the command line."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
-
-
 def changes(config: TrainConfig) -> dict[str, Any] | None:
     """Settings that are not those of the run's preset, with the preset's value; None where there is no such preset."""
     if config.preset not in presets.names():
         return None
-    before, now = flat(asdict(presets.preset(config.preset))), flat(asdict(config))
+    before, now = flat_settings(asdict(presets.preset(config.preset))), flat_settings(asdict(config))
     # Another network has other settings: those that the preset's lacks count as changed from nothing.
     return {name: before.get(name) for name, value in now.items() if name not in before or before[name] != value}
 

@@ -33,7 +33,6 @@ __all__ = [
     "finish_run",
     "last_logged_step",
     "log_dataset",
-    "log_figure",
     "log_file",
     "log_json",
     "log_metrics",
@@ -159,11 +158,6 @@ def log_json(tracking_uri: str, run_id: str, name: str, value: Any) -> None:
     """Store a JSON-serialisable value as the artifact ``<name>.json``."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     log_file(tracking_uri, run_id, f"{name}.json", text.encode())
-
-
-def log_figure(tracking_uri: str, run_id: str, name: str, figure: Figure) -> None:
-    """Store a matplotlib figure as the artifact ``<name>.png``."""
-    log_file(tracking_uri, run_id, f"{name}.png", png(figure))
 
 
 def png(figure: Figure) -> bytes:

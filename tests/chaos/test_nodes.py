@@ -15,11 +15,9 @@ from tests.chaos.job import SAVE_EVERY, Job, data_of, judge
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
 
-# A node takes one training worker, and has something left for the data.
-NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
-FLAGS = ("--workers.cpus-per-worker", "1.2", "--workers.resize-interval-s", "5", "--workers.max-failures", "5")
-# Two threads and an odd share of a batch end in a segmentation fault of torch 2.13 on CPUs.
-THREADS = ("--workers.threads", "1")
+# A node takes one training worker, and what is left is a rank's share of the data.
+NODE = {"num_cpus": 4, "object_store_memory": 100 << 20}
+FLAGS = ("--workers.cpus-per-worker", "2.5", "--workers.resize-interval-s", "5", "--workers.max-failures", "5")
 # A dead node is noticed within seconds; with Ray's own settings it took 77.
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
@@ -34,7 +32,7 @@ def cluster():
     made = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": 1,
+            "num_cpus": 0,
             "object_store_memory": 100 << 20,
             "include_dashboard": False,
             "_system_config": HEALTH,

@@ -92,7 +92,7 @@ def test_params_of_a_resumed_run_may_differ(store, run):
 def test_artifacts(store, run, tmp_path):
     figure = Figure()
     figure.subplots().plot([1, 2])
-    runs.log_figure(store, run, "plots/roc", figure)
+    runs.log_file(store, run, "plots/roc.png", runs.png(figure))
     runs.log_json(store, run, "report", {"b": 1, "a": [1, 2]})
     assert artifact(store, run, "plots/roc.png", tmp_path).read_bytes()[:4] == b"\x89PNG"
     assert json.loads(artifact(store, run, "report.json", tmp_path).read_text()) == {"b": 1, "a": [1, 2]}

@@ -134,6 +134,12 @@ def rank_slots(batch: int, world_size: int, rank: int) -> tuple[int, int]:
     return rank * batch // world_size, (rank + 1) * batch // world_size
 
 
+def share_sizes(batch: int, world_size: int) -> list[int]:
+    """Samples of a global batch that each rank has."""
+    slots = [rank_slots(batch, world_size, rank) for rank in range(world_size)]
+    return [high - low for low, high in slots]
+
+
 def check_batch(batch: int, num_streams: int, world_size: int) -> None:
     """Raise ``ValueError`` unless a global batch can be dealt from the streams to the ranks."""
     if batch % num_streams:

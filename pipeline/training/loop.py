@@ -21,7 +21,7 @@ from lgaf.heads.global_batch import NonFiniteEmbeddingError
 from lgaf.step import StepResult, TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
-from pipeline.data.order import rank_slots
+from pipeline.data.order import share_sizes
 from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_card import Export, write_card
@@ -128,7 +128,7 @@ class _Attempt:
         self._spec, self._step, self._log, self._pulse = spec, step, log, pulse
         self._config, self._plan = spec.config, spec.plan
         workers = world_size(step.group)
-        self._sizes = _sizes(self._plan, workers)
+        self._sizes = share_sizes(self._plan.batch, workers)
         rows = ray.train.get_dataset_shard(TRAIN).iter_batches(
             batch_size=None, batch_format="numpy", prefetch_batches=1
         )
@@ -233,7 +233,7 @@ class _Attempt:
         self._pulse.at(step.num_steps_done, "log")
         # Ray tells rank 0's to all; every rank asks alike.
         self._leaves = ray.train.get_preemption_info() is not None
-        bad = [row for row, entry in enumerate(pending) if _is_bad(entry, self._config.precision)]
+        bad = [row for row, entry in enumerate(pending) if entry.is_bad(self._config.precision)]
         if spoilt and (not bad or bad[-1] != len(pending) - 1):
             bad.append(len(pending) - 1)
         skips = self._config.divergence.policy == "skip"
@@ -282,12 +282,6 @@ class _Attempt:
         ]
 
 
-def _sizes(plan: StreamPlan, workers: int) -> list[int]:
-    """What each rank has of a global batch."""
-    slots = [rank_slots(plan.batch, workers, rank) for rank in range(workers)]
-    return [high - low for low, high in slots]
-
-
 def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     """Network, head and optimizer of a run on this worker's device; the same initial weights on every rank."""
     config = spec.config
@@ -295,7 +289,7 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
     threads = config.workers.threads or max(1, len(os.sched_getaffinity(0)) // neighbours)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        safe = safe_threads(threads, _sizes(spec.plan, world_size(group)), config.step.accumulate)
+        safe = safe_threads(threads, share_sizes(spec.plan.batch, world_size(group)), config.step.accumulate)
         if safe < threads:
             _logger.warning("%d threads of torch instead of %d: more do not divide this rank's batch", safe, threads)
         threads = safe
@@ -306,9 +300,3 @@ def build_train_step(spec: LoopSpec, group: Any) -> TrainStep:
 def _to_tensors(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
     # Copies: what Ray hands out is shared memory that nobody may write to.
     return torch.tensor(batch.images), torch.tensor(batch.labels)
-
-
-def _is_bad(entry: PendingStep, precision: str) -> bool:
-    # In half precision updates are left out while the scale finds its height, which is above 1.
-    left_out = entry.result.left_out and (precision != "float16" or entry.result.scale < 1)
-    return not entry.passed_over and (left_out or not bool(entry.result.loss.isfinite()))

@@ -39,6 +39,12 @@ class PendingStep(NamedTuple):
     data_wait_s: float
     indices: np.ndarray
 
+    def is_bad(self, precision: str) -> bool:
+        """Whether its loss or gradient was not finite, and that is no part of the recipe."""
+        # In half precision updates are left out while the scale finds its height, which is above 1.
+        left_out = self.result.left_out and (precision != "float16" or self.result.scale < 1)
+        return not self.passed_over and (left_out or not bool(self.result.loss.isfinite()))
+
 
 class StepLog:
     """Of rank 0.

@@ -9,33 +9,17 @@ import torch
 import yaml
 
 from lgaf import load_exported
-from lgaf.models import LGAFConfig
 from pipeline import cli, storage
-from pipeline.config import PackConfig, TrackingConfig, TrainConfig, WorkersConfig
+from pipeline.config import TrainConfig, WorkersConfig
 from pipeline.data.sources import SyntheticConfig
-from pipeline.data.stream_plan import StreamConfig
 from pipeline.model_card import CARD
-from pipeline.presets import demo
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.warm_start import WarmStart, read_note
+from tests.pipeline.test_training_job import SMALL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FIRST = replace(
-    demo(),
-    epochs=20,
-    batch_size=32,
-    model=LGAFConfig(backbone="micro", embedding_dim=16, dropout=0.1),
-    pack=PackConfig(
-        samples_per_shard=20,
-        synthetic=SyntheticConfig(num_identities=8, images_per_identity=17),
-        benchmark_pairs=40,
-    ),
-    stream=StreamConfig(num_streams=4, block_rows=16),
-    workers=WorkersConfig(checkpoint_every_steps=50, log_every_steps=2),
-    tracking=TrackingConfig(experiment="tests", model_name="small"),
-    run_name="first",
-)
+FIRST = replace(SMALL, epochs=20, workers=WorkersConfig(checkpoint_every_steps=50, log_every_steps=2), run_name="first")
 GROWN = replace(
     FIRST,
     epochs=1,

@@ -54,7 +54,7 @@ def _wait_for_world_size(job: Job, size: int) -> None:
 def test_a_node_is_lost_two_come_and_one_is_taken_away_with_notice(cluster, table, tmp_path):
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
     cluster.wait_for_nodes()
-    job = Job(tmp_path, "--num-workers", "1", "3", *FLAGS, epochs=400, environment={"RAY_ADDRESS": cluster.address})
+    job = Job(tmp_path, "--num-workers", "1", "3", *FLAGS, epochs=100, environment={"RAY_ADDRESS": cluster.address})
     job.start()
     try:
         _wait_for_world_size(job, 2)

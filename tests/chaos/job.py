@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -165,7 +166,7 @@ class Verdict:
         repeated: Steps whose lines were there and that were trained again, by fault.
         wrong_samples: Samples lost or doubled in the whole run: lines missing or twice, or of other samples than
             planned, times the batch.
-        seconds: From each fault to the next step's line.
+        seconds: The longest standstill after each fault: between two new lines, or the fault and the first of them.
     """
 
     fault: str
@@ -189,7 +190,7 @@ class Verdict:
 
 
 HEADER = (
-    "| fault | tried | survived | steps repeated | samples lost or doubled | seconds to the next step, median |\n"
+    "| fault | tried | survived | steps repeated | samples lost or doubled | longest standstill, s, median |\n"
     "|---|---|---|---|---|---|"
 )
 
@@ -210,11 +211,11 @@ def judge(fault: str, job: Job, moments: list[float], data_uri: str) -> Verdict:
         # An attempt that starts first drops the lines of the steps that it will do again.
         lowest = min([before, *(steps for _, steps in after)])
         begun = next((at for at, steps in after if steps == lowest), moment)
-        on = [at for at, steps in after if at > begun and steps > lowest]
-        if on:
+        if any(at > begun and steps > lowest for at, steps in after):
             survived += 1
             repeated.append(before - lowest)
-            seconds.append(on[0] - moment)
+            rises = [at for (_, less), (at, steps) in itertools.pairwise([(moment, before), *after]) if steps > less]
+            seconds.append(max(later - earlier for earlier, later in itertools.pairwise([moment, *rises])))
     return Verdict(fault, len(moments), survived, repeated, wrong * BATCH, seconds)
 
 

@@ -93,7 +93,7 @@ def dense_cases():
     return [(margin, [(n, _dense(margin, n)) for n in (4, 5, 10, 11)]) for margin in margins]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_and_gradients_equal_dense(world, dense_cases):
     run_distributed(world, _check_margins, dense_cases)
 

@@ -291,6 +291,7 @@ def test_bad_images_are_listed_and_replaced_and_too_many_end_the_stream(tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # every run of the suite kills workers, controller and driver: tests/chaos/test_short.py
 def test_a_killed_reader_and_a_killed_decoder_change_nothing(packed, ray_cluster):
     import psutil
 

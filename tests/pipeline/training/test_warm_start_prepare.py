@@ -19,6 +19,7 @@ from pipeline.data.manifest import ManifestError
 from pipeline.model_store import load_model
 from pipeline.tracking import registry, runs
 from pipeline.tracking.promotion import PromotionDecision
+from pipeline.training.commits import MARKER
 from pipeline.training.warm_start import WarmStart, read_note, started_from
 from pipeline.training.warm_start_apply import apply_warm_start
 from pipeline.training.warm_start_prepare import (
@@ -161,8 +162,9 @@ def test_a_damaged_model_is_named(old, tmp_path):
 def test_a_damaged_checkpoint_is_named(old, tmp_path):
     (metadata,) = (tmp_path / "old").glob("checkpoints/*/.metadata")
     metadata.write_bytes(b"x")
-    with pytest.raises(storage.StorageError, match=r"step_00000012: the checkpoint cannot be read"):
+    with pytest.raises(storage.StorageError, match=r"step_00000012/\.metadata: has 1 bytes where COMMITTED\.json says"):
         _prepare(_warm(tmp_path), tmp_path)
+    assert metadata.with_name(MARKER).exists(), "a run's folder is not changed by those that start from it"
 
 
 def test_data_of_the_old_run_that_are_gone_or_changed_are_named(old, tmp_path):

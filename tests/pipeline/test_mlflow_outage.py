@@ -96,7 +96,7 @@ def test_registering_needs_the_server_and_says_so(config, capfd):
     with pytest.raises(StoreUnreachableError) as caught:
         _stages(config, place)["register"].run(needed)
     assert user_error(caught.value) is caught.value
-    assert cli.run_job(lambda: _stages(config, place)["register"].run(needed)) == 1
+    assert cli.run_job(lambda: _stages(config, place)["register"].run(needed)) == 75  # worth a retry
     errors = capfd.readouterr().err.replace("\n", " ")
     assert f"MLflow at {config.tracking.uri} cannot be reached" in errors
     assert "The model is trained and evaluated, and 2 writes for MLflow wait" in errors

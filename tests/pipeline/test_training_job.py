@@ -211,6 +211,7 @@ def test_data_packed_again_at_the_same_place_is_not_mixed_in(other_twin, capfd):
     assert "take another run_name" in capfd.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_at_once_and_says_so(first, place, capfd):
     wild = dataclasses.replace(SMALL.optimizer, learning_rate=1e30)
     config = dataclasses.replace(SMALL, storage=str(place), run_name="wild", optimizer=wild)

@@ -30,17 +30,17 @@ DATA = Manifest(
     num_classes=789,
     image_side=112,
     seed=0,
-    source={"path": "/home/somebody/pictures"},
+    source={"path": "/private-place/pictures"},
     identities=(),
 )
 CONFIG = replace(
     demo(),
     run_name="small-1",
-    storage="file:///home/somebody/runs",
-    data="file:///home/somebody/pictures",
+    storage="file:///private-place/runs",
+    data="file:///private-place/pictures",
     model=LGAFConfig(backbone="micro", embedding_dim=8),
-    stream=replace(demo().stream, cache_dir="/home/somebody/cache"),
-    warm_start=WarmStart(model="file:///home/somebody/model", head="file:///home/somebody/run"),
+    stream=replace(demo().stream, cache_dir="/private-place/cache"),
+    warm_start=WarmStart(model="file:///private-place/model", head="file:///private-place/run"),
     seed=17,
 )
 
@@ -114,7 +114,7 @@ def test_it_says_what_the_model_is(folder):
 
 
 def test_it_names_no_place_of_the_machine(folder):
-    assert "/home/somebody" not in (folder / CARD).read_text()
+    assert "/private-place" not in (folder / CARD).read_text()
     assert str(folder) not in (folder / CARD).read_text()
 
 

@@ -39,6 +39,7 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+	@echo every test can be collected; found=$$($(PYTHON) -m pytest --collect-only -qq 2>&1) || { echo "$$found"; exit 1; }
 
 fmt: $(READY)
 	$(VENV)/bin/ruff format .

@@ -17,7 +17,8 @@ from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import StepConfig, TrainStep
 from tests.distributed import run_distributed
-from tests.lgaf.test_step import NUM_CLASSES, NUM_STEPS, RECIPE, _batch, _share, _WithOwnLoss
+from tests.lgaf.test_own_loss import _WithOwnLoss
+from tests.lgaf.test_step import NUM_CLASSES, NUM_STEPS, RECIPE, _batch, _share
 
 ADAMW = OptimizerConfig(kind="adamw", learning_rate=1e-2, weight_decay=0.1)
 

@@ -29,6 +29,7 @@ from pipeline.supervision import EXIT_INTERRUPTED, EXIT_MENDABLE, EXIT_RETRY, su
 from pipeline.tracking.outbox import RunAddress
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.tracking.tracked_run import TrackedRun
+from pipeline.training.attempts import SupersededError
 from pipeline.training.metrics_log import NAME as METRICS
 from pipeline.training.split_report import read_splits, split_table
 from pipeline.training.warm_start_prepare import pin_warm_start
@@ -157,8 +158,12 @@ def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: fl
     except (KeyboardInterrupt, SystemExit, StoppedError):
         status = "KILLED"
         raise
+    except SupersededError:
+        status = None
+        raise
     finally:
-        place.tracked.finish(status)
+        if status is not None:  # else the run in MLflow is the other job's too
+            place.tracked.finish(status)
     console.print(closing_table(config, place, artefacts, time.monotonic() - started))
     if config.profile.steps and (splits := read_splits(run_uri)):
         console.print(split_table(splits))

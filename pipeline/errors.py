@@ -14,6 +14,7 @@ from pipeline.data.sources import SourceError
 from pipeline.data.spill import PackError
 from pipeline.storage import MissingError, StorageError
 from pipeline.tracking.reachability import TrackingError
+from pipeline.training.attempts import SupersededError
 
 DATA_ERRORS: Final = (
     ManifestError,
@@ -24,7 +25,7 @@ DATA_ERRORS: Final = (
     ShardError,
     SourceError,
 )
-USER_ERRORS: Final = (*DATA_ERRORS, StorageError, TrackingError, ValueError)
+USER_ERRORS: Final = (*DATA_ERRORS, StorageError, SupersededError, TrackingError, ValueError)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -28,6 +28,7 @@ from pipeline.registration import Candidate, Registration, promote_if_better, re
 from pipeline.runtime import map_tasks
 from pipeline.tracking.reachability import StoreUnreachableError, TrackingError
 from pipeline.tracking.tracked_run import TrackedRun
+from pipeline.training.attempts import SupersededError
 from pipeline.training.commits import latest_step
 from pipeline.training.loop import MODEL_FOLDER
 from pipeline.training.metrics_log import NAME as METRICS
@@ -249,6 +250,8 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
                     "train", done, total, f"loss {loss:6.3f}  {rate:5.0f} images/s"
                 ),
             )
+    except SupersededError:
+        raise  # the lines are the other job's by now, and so is what MLflow gets of them
     except Exception:
         # With KeyboardInterrupt and SystemExit workers may still be sending: the next start does this.
         with contextlib.suppress(TrackingError, OSError):  # the error itself is what people are to see

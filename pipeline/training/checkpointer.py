@@ -53,6 +53,7 @@ class Checkpointer:
         keep: Newest checkpoints to keep.
         keep_best: Of the others, as many with the lowest loss.
         details: Written into each marker, for people.
+        check_newest: Rank 0 calls this before it deletes or commits anything; it raises where others have the run.
         before_commit: Rank 0 calls this before the marker: what a checkpoint counts on must be safe by then.
     """
 
@@ -64,11 +65,12 @@ class Checkpointer:
         keep: int,
         keep_best: int = 0,
         details: Mapping[str, Any] | None = None,
-        before_commit: Callable[[], None] | None = None,
+        check_newest: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self._run_uri, self._train_step = run_uri, train_step
         self._keep, self._keep_best, self._details = keep, keep_best, dict(details or {})
-        self._before_commit = before_commit or (lambda: None)
+        self._check_newest, self._before_commit = check_newest, before_commit
         self._group: Any = None
         if world_size(train_step.group) > 1:
             # The writers talk to each other beside the training's collectives, over the hosts' network.
@@ -208,6 +210,7 @@ class Checkpointer:
 
     def _clear(self, uri: str) -> None:
         if rank_in(self._group) == 0:
+            self._check_newest()
             storage.delete_tree(uri)  # remains of an attempt that failed, or that a kill cut short
 
     def _write_files(self, staged: dict[str, Any], folder: Path) -> None:
@@ -230,6 +233,7 @@ class Checkpointer:
 
     def _commit(self, uri: str, marker: dict[str, Any], files: dict[str, Any], started: float) -> None:
         if rank_in(self._group) == 0:
+            self._check_newest()
             self._before_commit()
             seconds = {"write_s": time.perf_counter() - started}
             storage.write_json(storage.join(uri, MARKER), marker | {"files": files} | seconds)

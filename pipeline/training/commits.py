@@ -14,6 +14,7 @@ from typing import Any, Final
 import ray.data
 
 from pipeline import storage
+from pipeline.training.attempts import Attempt, attempts_of, begin_attempt
 from pipeline.training.failure import fatal_message
 
 MARKER: Final = "COMMITTED.json"
@@ -40,16 +41,26 @@ def committed_steps(run_uri: str) -> list[int]:
 
 
 def latest_step(run_uri: str) -> int:
-    """Steps done at the newest committed checkpoint whose files are all there in full; 0 where there is none at all.
+    """Steps done at the newest checkpoint that counts; 0 where there is none at all.
+
+    It is committed, its files are all there in full, and no later attempt began without it.
 
     Raises:
         StorageError: There are committed checkpoints, and all of them are damaged.
     """
     files = storage.list_files(storage.join(run_uri, "checkpoints"))
     sizes = {info.uri: info.num_bytes for info in files}
+    attempts = attempts_of(run_uri)
     damage: list[str] = []
     for step in reversed(_steps(files, of=f"/{MARKER}")):
-        found = _damage(run_uri, step, sizes)
+        try:
+            marker = read_marker(run_uri, step)
+        except storage.MissingError:  # swept since it was listed
+            continue
+        if _is_discarded(attempts, step, marker):
+            _logger.warning("%s: does not count, the run went on without it", checkpoint_uri(run_uri, step))
+            continue
+        found = _damage(run_uri, step, marker, sizes)
         if not found:
             if damage:
                 _logger.warning("going on from the checkpoint of step %d: %s", step, "; ".join(damage))
@@ -65,13 +76,14 @@ def latest_step(run_uri: str) -> int:
     return 0
 
 
-def _damage(run_uri: str, step: int, sizes: dict[str, int]) -> str:
+def _is_discarded(attempts: list[Attempt], step: int, marker: dict[str, Any]) -> bool:
+    """Whether a checkpoint came from workers that others had taken the place of."""
+    return any(attempt.discards(step, marker.get("attempt", "")) for attempt in attempts)
+
+
+def _damage(run_uri: str, step: int, marker: dict[str, Any], sizes: dict[str, int]) -> str:
     """The first file of a checkpoint that is not as long as its marker says; empty where all are."""
     folder = checkpoint_uri(run_uri, step)
-    try:
-        marker = read_marker(run_uri, step)
-    except storage.MissingError:  # swept since it was listed
-        return f"{folder}: is gone"
     for name, expected in marker.get("files", {}).items():
         uri = storage.join(folder, name)
         found = sizes.get(uri)
@@ -97,10 +109,16 @@ def prune(run_uri: str, keep: int, keep_best: int = 0, newest: int | None = None
         newest: The one just committed: those of later steps are what a damaged one led back from.
     """
     files = storage.list_files(storage.join(run_uri, "checkpoints"))
-    committed = [step for step in _steps(files, of=f"/{MARKER}") if newest is None or step <= newest]
+    attempts = attempts_of(run_uri)
+    markers = {step: read_marker(run_uri, step) for step in _steps(files, of=f"/{MARKER}")}
+    committed = [
+        step
+        for step, marker in markers.items()
+        if (newest is None or step <= newest) and not _is_discarded(attempts, step, marker)
+    ]
     stays = set(committed[-keep:])
     if keep_best:
-        losses = [(read_marker(run_uri, step).get("loss"), -step) for step in committed[:-keep]]
+        losses = [(markers[step].get("loss"), -step) for step in committed[:-keep]]
         ranked = sorted(entry for entry in losses if isinstance(entry[0], int | float))
         stays |= {-negative for _, negative in ranked[:keep_best]}
     for step in set(_steps(files)) - stays:
@@ -113,13 +131,19 @@ def _steps(files: list[storage.FileInfo], of: str = "") -> list[int]:
     return sorted({int(match.group(1)) for match in found if match})
 
 
-def placeholder_dataset(run_uri: str) -> Any:
-    """What Ray Train takes as the data set at every start; `PlannedDataConfig` replaces it by the ranks' read plans.
+def begin_with_placeholder(run_uri: str, claimant: str) -> Any:
+    """Begin an attempt, and give Ray Train a data set; `PlannedDataConfig` replaces it by the ranks' read plans.
+
+    Ray Train's controller calls this at every start of the workers, before it makes them: this is where they are told
+    apart from those of before, and which step they go on from.
 
     Raises:
         RuntimeError: A failure was noted that a restart cannot mend; this ends the run.
+        SupersededError: Another job has the run now; likewise.
+        StorageError: As `latest_step`.
     """
     noted = fatal_message(run_uri)
     if noted is not None:
         raise RuntimeError(noted)
+    begin_attempt(run_uri, claimant, latest_step(run_uri))
     return ray.data.range(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -29,9 +30,9 @@ from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.tracking.outbox import RunAddress
 from pipeline.training.assembly import assemble, safe_threads
+from pipeline.training.attempts import Attempt, check_newest, newest_of
 from pipeline.training.checkpoint import restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
-from pipeline.training.commits import latest_step
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
 from pipeline.training.profiling import StepProfiler
@@ -54,6 +55,7 @@ class LoopSpec:
         run_uri: Folder of the run.
         plan: Its samples.
         tracking: MLflow run to log to.
+        claimant: Whose attempts these are (`pipeline.training.attempts`).
         board: Actor that knows how far each worker is (`pipeline.training.pulse`), or None.
     """
 
@@ -61,6 +63,7 @@ class LoopSpec:
     run_uri: str
     plan: StreamPlan
     tracking: RunAddress
+    claimant: str
     board: Any = None
 
 
@@ -78,7 +81,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 def _train(spec: LoopSpec) -> None:
     pulse = Pulse(spec.board, dist.group.WORLD)
     step = build_train_step(spec, dist.group.WORLD)
-    first = _agreed_step(latest_step(spec.run_uri), step)
+    attempt = newest_of(spec.run_uri, spec.claimant)
+    first = _agreed_step(attempt.first_step, step)
     if first:
         restore_checkpoint(spec.run_uri, first, step)
     else:
@@ -87,10 +91,11 @@ def _train(spec: LoopSpec) -> None:
     if rank_in(step.group) == 0:
         run = spec.tracking
         sink = MetricSink(run.tracking_uri, run.run_id, start_after=None, outbox=run.outbox)
-        log = StepLog(spec.run_uri, first, spec.plan, sink, spec.board)
+        is_ours = functools.partial(check_newest, spec.run_uri, attempt)
+        log = StepLog(spec.run_uri, first, spec.plan, sink, spec.board, is_ours)
     try:
         # Else a kill came between the last checkpoint and the export.
-        is_complete = first == spec.plan.total_steps or _Attempt(spec, step, log, pulse).run()
+        is_complete = first == spec.plan.total_steps or _Steps(spec, attempt, step, log, pulse).run()
         pulse.at(step.num_steps_done, "end")
         if log is not None and is_complete:
             _export(spec, step)
@@ -121,10 +126,10 @@ def _agreed_step(found: int, step: TrainStep) -> int:
     return found
 
 
-class _Attempt:
+class _Steps:
     """The steps from a checkpoint to the end, or to where the workers are asked to stop."""
 
-    def __init__(self, spec: LoopSpec, step: TrainStep, log: StepLog | None, pulse: Pulse) -> None:
+    def __init__(self, spec: LoopSpec, attempt: Attempt, step: TrainStep, log: StepLog | None, pulse: Pulse) -> None:
         self._spec, self._step, self._log, self._pulse = spec, step, log, pulse
         self._config, self._plan = spec.config, spec.plan
         workers = world_size(step.group)
@@ -138,8 +143,13 @@ class _Attempt:
             step,
             keep=self._config.workers.keep_checkpoints,
             keep_best=self._config.workers.keep_best_checkpoints,
-            details={"world_size": workers, "data_fingerprint": self._plan.data.fingerprint},
-            before_commit=log.make_durable if log is not None else None,
+            details={
+                "world_size": workers,
+                "data_fingerprint": self._plan.data.fingerprint,
+                "attempt": str(attempt),
+            },
+            check_newest=functools.partial(check_newest, spec.run_uri, attempt),
+            before_commit=log.make_durable if log is not None else lambda: None,
         )
         self._vote = StopVote(step.group)
         self._leaves = False  # this rank's node is being taken away

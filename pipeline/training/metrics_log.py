@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -43,10 +44,16 @@ class MetricsLog:
     On a file system each write appends. An object store has no append: there, the whole file is put again, which is
     done only where it must be durable, before a checkpoint counts on it. A storage that is full or away does not stop
     who writes: lines are kept until it takes them, and no checkpoint counts before.
+
+    Args:
+        run_uri: Folder of the run.
+        first_step: Lines from here on are dropped.
+        check_newest: Called before anything is written; it raises where others have the run.
     """
 
-    def __init__(self, run_uri: str, first_step: int) -> None:
-        self._uri = storage.join(run_uri, NAME)
+    def __init__(self, run_uri: str, first_step: int, check_newest: Callable[[], None] = lambda: None) -> None:
+        self._uri, self._check_newest = storage.join(run_uri, NAME), check_newest
+        check_newest()
         kept = [line for line in read_metrics(run_uri) if line["step"] < first_step]
         self._stored = "".join(json.dumps(line) + "\n" for line in kept).encode()
         self._num_bytes = len(self._stored)
@@ -66,7 +73,7 @@ class MetricsLog:
                 return
             try:
                 self._append()
-            except OSError as error:
+            except (OSError, storage.StorageError) as error:
                 if not self._warned:
                     self._warned = True
                     _logger.warning("%s: cannot be written, its lines are kept and written later: %s", self._uri, error)
@@ -77,6 +84,7 @@ class MetricsLog:
         Raises:
             StorageError: They cannot be written; they are kept.
             OSError: Likewise.
+            SupersededError: Others write this file now.
         """
         if storage.is_local(self._uri):
             with self._lock:
@@ -88,12 +96,14 @@ class MetricsLog:
             with self._lock:
                 waiting = self._waiting
             content = self._stored + waiting
+            self._check_newest()
             storage.write_bytes(self._uri, content)
             self._stored = content
             with self._lock:
                 self._waiting = self._waiting[len(waiting) :]
 
     def _append(self) -> None:
+        self._check_newest()
         with storage.local_path(self._uri).open("r+b") as file:
             # Not at the end: a disk that was full may have taken half of a line.
             file.seek(self._num_bytes)

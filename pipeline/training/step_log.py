@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
@@ -55,12 +55,21 @@ class StepLog:
         plan: The run's samples.
         sink: To MLflow.
         board: Told how far the run is; or None.
+        check_newest: As for `MetricsLog`.
     """
 
-    def __init__(self, run_uri: str, first_step: int, plan: StreamPlan, sink: MetricSink, board: Any) -> None:
+    def __init__(
+        self,
+        run_uri: str,
+        first_step: int,
+        plan: StreamPlan,
+        sink: MetricSink,
+        board: Any,
+        check_newest: Callable[[], None],
+    ) -> None:
         self._plan, self._board, self._sink = plan, board, sink
         self._per_epoch = plan.steps_per_epoch
-        self._file = MetricsLog(run_uri, first_step)
+        self._file = MetricsLog(run_uri, first_step, check_newest)
         self._losses: deque[float] = deque(maxlen=LOSSES_BEFORE)
         # What a killed attempt had in memory only is in the file; the sink skips what MLflow has.
         for line in read_metrics(run_uri):

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ from pipeline.model_store import CONFIG, read_model_info
 from pipeline.runtime import is_on_cluster, release_placement_groups
 from pipeline.stopping import StoppedError, StopSignals
 from pipeline.tracking.outbox import RunAddress
-from pipeline.training.commits import latest_step, placeholder_dataset, read_marker
+from pipeline.training.attempts import check_not_superseded, controller_of, newest_of
+from pipeline.training.commits import begin_with_placeholder, latest_step, read_marker
 from pipeline.training.failure import clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
@@ -97,6 +99,7 @@ def train(
 
     Raises:
         FatalTrainingError: The data are bad; the message names the shard.
+        SupersededError: Another job has taken the run over.
         StoppedError: A signal asked for it; the last checkpoint has everything.
         TrainingFailedError: Workers died more often than ``workers.max_failures``.
         StorageError: The last checkpoint could not be written, or none can be read.
@@ -105,15 +108,17 @@ def train(
     _check_same_data(data, run_uri)
     _check_gpus(config)
     clear_fatal(run_uri)
-    controllers_lost = 0
+    job, controllers, controllers_lost = uuid.uuid4().hex, 0, 0
     with StopSignals() as signals:
         while True:
+            controllers += 1
             board = make_board()
             spec = LoopSpec(
                 config=config,
                 run_uri=run_uri,
                 plan=plan,
                 tracking=tracking,
+                claimant=controller_of(job, controllers),
                 board=board,
             )
             try:
@@ -178,6 +183,7 @@ class _Fit:
         self._watch()
         if self._error is not None:
             raise_fatal(self._spec.run_uri)  # the plain reason instead of Ray's wrapping of it
+            check_not_superseded(self._spec.run_uri, self._spec.claimant)  # likewise
             raise self._error
 
     def _train(self, trainer: Any) -> None:
@@ -242,12 +248,17 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=failures),
         ),
-        # Asked again on every restart of the group: there a noted fatal error ends the run.
-        datasets={TRAIN: functools.partial(placeholder_dataset, spec.run_uri)},
+        # Asked again on every start of the group: there a noted fatal error ends the run.
+        datasets={TRAIN: functools.partial(begin_with_placeholder, spec.run_uri, spec.claimant)},
         dataset_config=PlannedDataConfig(
-            spec.plan, functools.partial(latest_step, spec.run_uri), workers.cpus_per_worker, quarantine
+            spec.plan, functools.partial(_first_step, spec.run_uri, spec.claimant), workers.cpus_per_worker, quarantine
         ),
     )
+
+
+def _first_step(run_uri: str, claimant: str) -> int:
+    """Where the ranks go on, and so their samples: what the controller noted, however much is written since."""
+    return newest_of(run_uri, claimant).first_step
 
 
 def _first_line(error: BaseException) -> str:

@@ -81,3 +81,33 @@ def test_the_store_and_mlflow_are_away_in_turn(s3, running_proxy, table, tmp_pat
         gate.shut()
         server.stop()
         running_proxy.clear()
+
+
+def test_a_job_that_is_submitted_twice(s3, table, tmp_path):
+    """The second goes on with the run, the first ends and says why; an object store has no locks to refuse it by."""
+    place = f"s3://{BUCKET}/twice{tmp_path.name}"
+    flags = ("--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (Job(folder, *flags, epochs=60, storage_uri=place) for folder in folders)
+    second.seen = first.seen
+    first.start()
+    try:
+        first.wait_for_steps(30)
+        before = [(line["step"], line["loss"]) for line in read_metrics(first.run_uri)]
+        moment = time.monotonic()
+        second.start()
+        assert first.finish() == 1, first.log()
+        assert "took this run over at" in first.log().replace("\n", " ")
+        assert second.finish() == 0, second.log()
+        (data,) = {info.uri.rsplit("/", 1)[0] for info in storage.list_files(f"{place}/data") if "manifest" in info.uri}
+        verdict = judge("the same job submitted again, with the same name, while it runs", second, [moment], data)
+        table(verdict)
+        assert verdict.survived == 1
+        assert verdict.wrong_samples == 0
+        losses = {line["step"]: line["loss"] for line in read_metrics(second.run_uri)}
+        assert all(losses[step] == loss for step, loss in before)
+    finally:
+        first.end()
+        second.end()

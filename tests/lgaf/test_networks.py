@@ -132,7 +132,9 @@ def test_state_dict_and_config_round_trip(config):
 
 
 @pytest.mark.parametrize("config", GRAPH_CONFIGS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(True, id="training"), pytest.param(False, id="evaluation", marks=pytest.mark.slow)]
+)
 def test_one_graph_without_breaks(config, training):
     torch._dynamo.reset()
     model = _build(config).train(training)

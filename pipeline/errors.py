@@ -29,7 +29,7 @@ USER_ERRORS: Final = (*DATA_ERRORS, StorageError, SupersededError, TrackingError
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from, outermost first: chained causes, Ray's ``cause``, Ray Train's worker errors."""
+    """An error and what it came from, outermost first: chained causes, Ray's ``cause``, Ray Train's own."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -40,7 +40,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         yield current
         workers = getattr(current, "worker_failures", None) or {}
         context = None if current.__suppress_context__ else current.__context__
-        inner = [current.__cause__, getattr(current, "cause", None), context, *workers.values()]
+        others = (getattr(current, name, None) for name in ("cause", "controller_failure"))
+        inner = [current.__cause__, *others, context, *workers.values()]
         waiting += [cause for cause in inner if isinstance(cause, BaseException)]
 
 

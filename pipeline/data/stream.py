@@ -9,9 +9,9 @@ batches. Nothing depends on timing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -64,14 +64,34 @@ class Share(NamedTuple):
         )
 
 
-class PlannedDataConfig(ray.train.DataConfig):
-    """Gives each Ray Train rank the iterator of its own read plan, from where the run resumes.
+class Start(Protocol):
+    """From where ranks go on."""
 
-    Ray's default split deals blocks by timing, drops rows to equalise, and starts the epoch again after a failure.
+    @property
+    def first_step(self) -> int:
+        """Steps done before."""
+
+
+class RankData(NamedTuple):
+    """What `ray.train.get_dataset_shard` gives each rank.
+
+    Attributes:
+        start: As the group's data set, a callable that makes a `Start`, made it: the same on all ranks.
+        rows: This rank's iterator of Ray Data, from there on.
+    """
+
+    start: Any
+    rows: Any
+
+
+class PlannedDataConfig(ray.train.DataConfig):
+    """Gives each Ray Train rank the iterator of its own read plan, from where the run resumes, as `RankData`.
+
+    Ray's default split deals blocks by timing, drops rows to equalise, and starts the epoch again after a failure. What
+    Ray Train calls data sets are `Start` here.
 
     Args:
         plan: The run's samples.
-        start_step: Asked on every (re)start of the worker group for the step to go on from.
         cpus_per_worker: CPUs of the cluster that each training worker keeps for itself.
         quarantine: Where bad images go.
     """
@@ -79,12 +99,11 @@ class PlannedDataConfig(ray.train.DataConfig):
     def __init__(
         self,
         plan: StreamPlan,
-        start_step: Callable[[], int],
         cpus_per_worker: float = 0.0,
         quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__(datasets_to_split="all")
-        self._plan, self._start_step, self._cpus_per_worker = plan, start_step, cpus_per_worker
+        self._plan, self._cpus_per_worker = plan, cpus_per_worker
         self._quarantine = quarantine
 
     def configure(
@@ -95,14 +114,14 @@ class PlannedDataConfig(ray.train.DataConfig):
         worker_node_ids: list[str] | None,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
-        """One Ray Data iterator per rank; called by Ray Train."""
-        start, share = self._start_step(), Share.of_cluster(world_size, world_size * self._cpus_per_worker)
+        """One `RankData` per rank; called by Ray Train."""
+        share = Share.of_cluster(world_size, world_size * self._cpus_per_worker)
+
+        def rows(rank: int, start: Start) -> Any:
+            return rank_dataset(self._plan, world_size, rank, start.first_step, share, self._quarantine).iterator()
+
         return [
-            {
-                name: rank_dataset(self._plan, world_size, rank, start, share, self._quarantine).iterator()
-                for name in datasets
-            }
-            for rank in range(world_size)
+            {name: RankData(start, rows(rank, start)) for name, start in datasets.items()} for rank in range(world_size)
         ]
 
 

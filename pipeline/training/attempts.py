@@ -1,8 +1,9 @@
 """Which start of the workers a run belongs to: the newest, whatever still lives of those before it.
 
-A network that splits, or a job that was submitted twice, leaves two groups of workers with one run. Each start leaves a
-note in the run's folder before its workers are made. Those of an older one find it when they next write, and end; what
-they wrote at the same moment does not count (`Attempt.discards`). No clocks, leases or locks: object stores have none.
+A network that splits, or a job that was submitted twice, leaves two groups of workers with one run. Each start leaves
+a note in the run's folder before training begins. Those of an older one find it when they next write, and end; each
+writes checkpoints of its own, and what came late does not count (`Attempt.discards`). No clocks, leases or locks:
+object stores have none.
 """
 
 from __future__ import annotations
@@ -11,43 +12,45 @@ import re
 import socket
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pipeline import storage
 
 FOLDER: Final = "attempts"
-_NAME = re.compile(rf"/{FOLDER}/(\d{{6}})-(\d{{8}})-([^/]+)\.json$")
+_NAME = re.compile(rf"/{FOLDER}/(\d{{6}})-([^/]+)-(\d{{8}})\.json$")
 
 
 class SupersededError(RuntimeError):
-    """Another job goes on with the run."""
+    """Other workers go on with the run."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of a run's workers; later ones are greater.
+    """One start of a run's workers.
 
     Attributes:
         number: From 1. Two that began in the same moment may share it; the claimants decide.
-        first_step: The steps done before it: those of the checkpoint that it went on from.
         claimant: Who started it; `controller_of` makes them.
+        first_step: The steps done before it: those of the checkpoint that it goes on from.
     """
 
     number: int
-    first_step: int
     claimant: str
+    first_step: int
 
-    def __str__(self) -> str:
-        return f"{self.number:06d}-{self.first_step:08d}-{self.claimant}"
+    @property
+    def writer(self) -> str:
+        """Name of what it writes; those of later attempts are greater."""
+        return f"{self.number:06d}-{self.claimant}"
 
-    def discards(self, step: int, written_by: str) -> bool:
-        """Whether a checkpoint of an earlier attempt does not count, as this one began without it. Pure.
+    def discards(self, step: int, writer: str) -> bool:
+        """Whether a checkpoint does not count, as this later attempt began without it. Pure.
 
         Args:
             step: Steps done at the checkpoint.
-            written_by: The attempt that wrote it, as a string; empty for those of versions that did not say.
+            writer: Of the attempt that wrote it.
         """
-        return written_by < str(self) and self.first_step < step
+        return writer < self.writer and self.first_step < step
 
 
 def controller_of(job: str, number: int) -> str:
@@ -58,26 +61,18 @@ def controller_of(job: str, number: int) -> str:
 def attempts_of(run_uri: str) -> list[Attempt]:
     """All starts of a run's workers, in order."""
     found = [_NAME.search(info.uri) for info in storage.list_files(storage.join(run_uri, FOLDER))]
-    return sorted(Attempt(int(name[1]), int(name[2]), name[3]) for name in found if name)
+    return sorted((Attempt(int(name[1]), name[2], int(name[3])) for name in found if name), key=lambda a: a.writer)
 
 
-def begin_attempt(run_uri: str, claimant: str, first_step: int) -> Attempt:
-    """Take the run over from whoever had it.
-
-    Raises:
-        SupersededError: Another job did so since this claimant's last attempt.
-    """
-    before = attempts_of(run_uri)
-    check_not_superseded(run_uri, claimant, before)
-    attempt = Attempt(before[-1].number + 1 if before else 1, first_step, claimant)
+def write_note(run_uri: str, attempt: Attempt) -> None:
+    """From here on the run is this attempt's."""
     note = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": socket.gethostname()}
-    storage.write_json(storage.join(run_uri, FOLDER, f"{attempt}.json"), note)
-    return attempt
+    storage.write_json(_note(run_uri, attempt), note)
 
 
-def newest_of(run_uri: str, claimant: str) -> Attempt:
-    """The newest attempt of one claimant."""
-    return [attempt for attempt in attempts_of(run_uri) if attempt.claimant == claimant][-1]
+def delete_note(run_uri: str, attempt: Attempt) -> None:
+    """It never was."""
+    storage.delete_file(_note(run_uri, attempt))
 
 
 def check_newest(run_uri: str, attempt: Attempt) -> None:
@@ -85,11 +80,13 @@ def check_newest(run_uri: str, attempt: Attempt) -> None:
 
     Raises:
         SupersededError: Other workers have the run.
-        StorageError: Nobody knows: the storage is away.
+        StorageError: Nobody knows: the storage is away, or the note of this attempt is.
     """
-    newest = attempts_of(run_uri)[-1]
-    if newest != attempt:
-        raise _superseded(run_uri, newest)
+    found = attempts_of(run_uri)
+    if attempt not in found:
+        raise storage.StorageError(f"{_note(run_uri, attempt)}: is gone, so nobody knows whose the run is")
+    if found[-1] != attempt:
+        raise _superseded(run_uri, found[-1])
 
 
 def check_not_superseded(run_uri: str, claimant: str, attempts: list[Attempt] | None = None) -> None:
@@ -104,9 +101,13 @@ def _job(claimant: str) -> str:
     return claimant.rsplit(".", 1)[0]
 
 
+def _note(run_uri: str, attempt: Attempt) -> str:
+    return storage.join(run_uri, FOLDER, f"{attempt.writer}-{attempt.first_step:08d}.json")
+
+
 def _superseded(run_uri: str, newest: Attempt) -> SupersededError:
-    note = storage.read_json(storage.join(run_uri, FOLDER, f"{newest}.json"))
+    note: dict[str, Any] = storage.read_json(_note(run_uri, newest))
     return SupersededError(
-        f"{run_uri}: another job on {note['host']} took this run over at {note['began']}, from step "
-        f"{newest.first_step}; this one ends. Where both are meant, give them different names (--run-name)"
+        f"{run_uri}: other workers took this run over, from step {newest.first_step} (at {note['began']}, by "
+        f"{note['host']}); these end. If another job is meant to run beside this one, give it another --run-name"
     )

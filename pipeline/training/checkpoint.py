@@ -22,7 +22,7 @@ from lgaf.distributed import all_gather_stack, rank_in, world_size
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
-from pipeline.training.commits import MARKER, checkpoint_uri, mark_damaged
+from pipeline.training.commits import MARKER, Checkpoint, mark_damaged
 
 METADATA: Final = ".metadata"  # as torch's FileSystemWriter calls it
 
@@ -31,24 +31,23 @@ class DamagedCheckpointError(storage.StorageError):
     """A checkpoint whose files are not what was written."""
 
 
-def restore_checkpoint(run_uri: str, step: int, train_step: TrainStep) -> None:
-    """Load the checkpoint after ``step`` steps into network, head and optimizer, at any world size.
+def restore_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
+    """Load a checkpoint into network, head and optimizer, at any world size.
 
     Raises:
         DamagedCheckpointError: A file is not what was written. The checkpoint no longer counts, and the workers start
             again from the one before it.
         StorageError: It cannot be read.
     """
-    uri = checkpoint_uri(run_uri, step)
     try:
-        read_checkpoint(uri, training_state(train_step), train_step.group)
+        read_checkpoint(checkpoint.uri, training_state(train_step), train_step.group)
     except DamagedCheckpointError as error:  # on all ranks alike
         if rank_in(train_step.group) == 0:
-            mark_damaged(uri, str(error))
+            mark_damaged(checkpoint.uri, str(error))
         if train_step.group is not None:
             dist.barrier(group=train_step.group)
         raise
-    train_step.num_steps_done = step
+    train_step.num_steps_done = checkpoint.step
 
 
 def read_checkpoint(uri: str, state: dict[str, Any], group: ProcessGroup | None) -> None:
@@ -91,12 +90,16 @@ def tensor_shapes(uri: str) -> dict[str, tuple[int, ...]]:
 def _check_files(uri: str, folder: Path, group: ProcessGroup | None) -> None:
     """Compare the files with the marker, each rank some of them."""
     rank, world = rank_in(group), world_size(group)
-    expected = storage.read_json(storage.join(uri, MARKER)).get("files", {})
-    wrong = [
-        name
-        for name in sorted(expected)[rank::world]
-        if not (folder / name).is_file() or checksum(folder / name) != expected[name]
-    ]
+    try:
+        expected = storage.read_json(storage.join(uri, MARKER)).get("files", {})
+    except storage.MissingError:  # perhaps on this rank alone
+        wrong = [MARKER]
+    else:
+        wrong = [
+            name
+            for name in sorted(expected)[rank::world]
+            if not (folder / name).is_file() or checksum(folder / name) != expected[name]
+        ]
     found = all_gather_stack(torch.tensor([len(wrong)]), group).flatten().tolist()
     if any(found):
         which = ", ".join(wrong) or f"a file that rank {next(rank for rank, count in enumerate(found) if count)} read"

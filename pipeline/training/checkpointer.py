@@ -30,7 +30,7 @@ from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.training.checkpoint import checksum
-from pipeline.training.commits import MARKER, checkpoint_uri, prune
+from pipeline.training.commits import MARKER, Checkpoint, checkpoint_uri, prune
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Checkpointer:
     Args:
         run_uri: Folder of the run.
         train_step: What is saved.
+        writer: Of whose attempt the checkpoints are; part of their folders' names.
         keep: Newest checkpoints to keep.
         keep_best: Of the others, as many with the lowest loss.
         details: Written into each marker, for people.
@@ -62,13 +63,14 @@ class Checkpointer:
         run_uri: str,
         train_step: TrainStep,
         *,
+        writer: str = "",
         keep: int,
         keep_best: int = 0,
         details: Mapping[str, Any] | None = None,
         check_newest: Callable[[], None] = lambda: None,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self._run_uri, self._train_step = run_uri, train_step
+        self._run_uri, self._train_step, self._writer = run_uri, train_step, writer
         self._keep, self._keep_best, self._details = keep, keep_best, dict(details or {})
         self._check_newest, self._before_commit = check_newest, before_commit
         self._group: Any = None
@@ -88,7 +90,6 @@ class Checkpointer:
 
     def is_free(self) -> bool:
         """Whether the last checkpoint is done with, on all ranks alike: one that fails gives way to the next."""
-        self._raise_bug()
         if not self._is_busy_anywhere():
             return True
         if self._failed:
@@ -116,7 +117,7 @@ class Checkpointer:
             state["scaler"] = state["scaler"].state_dict()
         staged = self._stager.stage(state)
         self._failed, self._told, self._superseded = False, False, threading.Event()
-        self.committed, self._uri = 0, checkpoint_uri(self._run_uri, step)
+        self.committed, self._uri = 0, self._folder(step)
         marker = self._details | {"step": step, "loss": loss, "stall_s": time.perf_counter() - started}
         self._thread = threading.Thread(target=self._write, args=(staged, marker), name="checkpoint", daemon=True)
         self._thread.start()
@@ -143,8 +144,7 @@ class Checkpointer:
                 self._wait_until_free(deadline, on_wait)
             if not self._any_rank(self.committed == step):
                 raise storage.StorageError(
-                    f"{checkpoint_uri(self._run_uri, step)}: was not written within {patience_s:g} s: "
-                    f"{self._last_error}"
+                    f"{self._folder(step)}: was not written within {patience_s:g} s: {self._last_error}"
                 ) from TimeoutError()
 
     def _wait_until_free(self, deadline: float, on_wait: Callable[[], None]) -> None:
@@ -155,18 +155,21 @@ class Checkpointer:
                 on_wait()
             if self._thread is not None:
                 self._thread.join(1.0)
-        self._raise_bug()
 
     def _is_busy_anywhere(self) -> bool:
-        return self._any_rank(self._thread is not None and self._thread.is_alive())
+        """Raises on all ranks alike where the writer of one ended by what no storage did."""
+        is_busy = self._thread is not None and self._thread.is_alive()
+        own = torch.tensor([float(is_busy), float(self._bug is not None)])
+        busy, failed = all_reduce_sum(own, self._train_step.group).tolist()
+        if self._bug is not None:
+            raise self._bug
+        if failed:
+            raise RuntimeError(f"{self._uri}: the writer of another rank failed")
+        return bool(busy)
 
     def _any_rank(self, flag: bool) -> bool:
         # Over the training's group: the writers may be talking over their own.
         return bool(all_reduce_sum(torch.tensor(float(flag)), self._train_step.group))
-
-    def _raise_bug(self) -> None:
-        if self._bug is not None:
-            raise self._bug
 
     def _write(self, staged: dict[str, Any], marker: dict[str, Any]) -> None:
         delay_s = FIRST_DELAY_S
@@ -183,6 +186,9 @@ class Checkpointer:
         except BaseException as error:  # raised where training next asks
             self._bug = error
 
+    def _folder(self, step: int) -> str:
+        return checkpoint_uri(self._run_uri, step, self._writer)
+
     def _go_on(self) -> bool:
         """Whether to try again: rank 0 says."""
         decision = [not self._superseded.is_set()]
@@ -192,7 +198,7 @@ class Checkpointer:
 
     def _attempt(self, staged: dict[str, Any], marker: dict[str, Any]) -> bool:
         """Write and commit; False, on all ranks alike, if the storage of one would not."""
-        uri = checkpoint_uri(self._run_uri, marker["step"])
+        uri = self._folder(marker["step"])
         files: dict[str, Any] = {}
         # A remote checkpoint is put together here first; torch makes the folder, and tells all ranks if it cannot.
         staging = Path(tempfile.gettempdir()) / f"lgaf-checkpoint-{uuid.uuid4().hex}"
@@ -238,7 +244,8 @@ class Checkpointer:
             seconds = {"write_s": time.perf_counter() - started}
             storage.write_json(storage.join(uri, MARKER), marker | {"files": files} | seconds)
             try:
-                prune(self._run_uri, self._keep, self._keep_best, newest=marker["step"])
+                newest = Checkpoint(marker["step"], self._writer, uri)
+                prune(self._run_uri, self._keep, self._keep_best, newest)
             except OSError as error:  # it counts all the same
                 _logger.warning("%s: older checkpoints could not be deleted: %s", self._run_uri, error)
 

@@ -23,16 +23,17 @@ from lgaf.step import StepResult, TrainStep
 from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.order import share_sizes
-from pipeline.data.stream import TRAIN, BatchAssembler, TrainBatch
+from pipeline.data.stream import TRAIN, BatchAssembler, RankData, TrainBatch
 from pipeline.data.stream_plan import StreamPlan
 from pipeline.model_card import Export, write_card
 from pipeline.model_store import save_model
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.tracking.outbox import RunAddress
 from pipeline.training.assembly import assemble, safe_threads
-from pipeline.training.attempts import Attempt, check_newest, newest_of
+from pipeline.training.attempts import check_newest
 from pipeline.training.checkpoint import restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
+from pipeline.training.commits import Start
 from pipeline.training.divergence import DivergedError, decide, note_step, passed_over
 from pipeline.training.failure import record_fatal
 from pipeline.training.profiling import StepProfiler
@@ -55,7 +56,6 @@ class LoopSpec:
         run_uri: Folder of the run.
         plan: Its samples.
         tracking: MLflow run to log to.
-        claimant: Whose attempts these are (`pipeline.training.attempts`).
         board: Actor that knows how far each worker is (`pipeline.training.pulse`), or None.
     """
 
@@ -63,41 +63,42 @@ class LoopSpec:
     run_uri: str
     plan: StreamPlan
     tracking: RunAddress
-    claimant: str
     board: Any = None
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Entry point of each Ray Train worker; ``loop_config["spec"]`` is a `LoopSpec`."""
     spec: LoopSpec = loop_config["spec"]
+    data: RankData = ray.train.get_dataset_shard(TRAIN)
     try:
-        _train(spec)
+        _train(spec, data)
     except Exception as error:
+        check_newest(spec.run_uri, data.start.attempt)  # a run that others have does not end by this
         # Bad data stays bad: say so once, instead of restarting the group until the retries are used up.
         record_fatal(spec.run_uri, error)
         raise
 
 
-def _train(spec: LoopSpec) -> None:
+def _train(spec: LoopSpec, data: RankData) -> None:
     pulse = Pulse(spec.board, dist.group.WORLD)
     step = build_train_step(spec, dist.group.WORLD)
-    attempt = newest_of(spec.run_uri, spec.claimant)
-    first = _agreed_step(attempt.first_step, step)
-    if first:
-        restore_checkpoint(spec.run_uri, first, step)
+    start: Start = data.start
+    if start.checkpoint is not None:
+        restore_checkpoint(start.checkpoint, step)
     else:
         apply_warm_start(spec.config.warm_start, spec.run_uri, step)
+    check_ours = functools.partial(check_newest, spec.run_uri, start.attempt)
     log = None
     if rank_in(step.group) == 0:
         run = spec.tracking
         sink = MetricSink(run.tracking_uri, run.run_id, start_after=None, outbox=run.outbox)
-        is_ours = functools.partial(check_newest, spec.run_uri, attempt)
-        log = StepLog(spec.run_uri, first, spec.plan, sink, spec.board, is_ours)
+        log = StepLog(spec.run_uri, start.first_step, spec.plan, sink, spec.board, check_ours)
     try:
         # Else a kill came between the last checkpoint and the export.
-        is_complete = first == spec.plan.total_steps or _Steps(spec, attempt, step, log, pulse).run()
+        is_complete = start.first_step == spec.plan.total_steps or _Steps(spec, data, step, log, pulse).run()
         pulse.at(step.num_steps_done, "end")
         if log is not None and is_complete:
+            check_ours()
             _export(spec, step)
     finally:
         if log is not None:
@@ -118,37 +119,24 @@ def _export(spec: LoopSpec, step: TrainStep) -> None:
     write_card(uri, spec.config, spec.plan.data, export)
 
 
-def _agreed_step(found: int, step: TrainStep) -> int:
-    """The step to go on from: what every rank found, or the group starts again."""
-    everyone = all_gather_stack(torch.tensor([found], device=step.device), step.group).flatten().tolist()
-    if len(set(everyone)) > 1:
-        raise RuntimeError(f"the ranks found checkpoints of different steps: {everyone}")
-    return found
-
-
 class _Steps:
     """The steps from a checkpoint to the end, or to where the workers are asked to stop."""
 
-    def __init__(self, spec: LoopSpec, attempt: Attempt, step: TrainStep, log: StepLog | None, pulse: Pulse) -> None:
+    def __init__(self, spec: LoopSpec, data: RankData, step: TrainStep, log: StepLog | None, pulse: Pulse) -> None:
         self._spec, self._step, self._log, self._pulse = spec, step, log, pulse
         self._config, self._plan = spec.config, spec.plan
         workers = world_size(step.group)
         self._sizes = share_sizes(self._plan.batch, workers)
-        rows = ray.train.get_dataset_shard(TRAIN).iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=1
-        )
+        rows = data.rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
         self._batches = BatchAssembler(iter(rows), self._sizes[rank_in(step.group)])
         self._checkpointer = Checkpointer(
             spec.run_uri,
             step,
+            writer=data.start.attempt.writer,
             keep=self._config.workers.keep_checkpoints,
             keep_best=self._config.workers.keep_best_checkpoints,
-            details={
-                "world_size": workers,
-                "data_fingerprint": self._plan.data.fingerprint,
-                "attempt": str(attempt),
-            },
-            check_newest=functools.partial(check_newest, spec.run_uri, attempt),
+            details={"world_size": workers, "data_fingerprint": self._plan.data.fingerprint},
+            check_newest=functools.partial(check_newest, spec.run_uri, data.start.attempt),
             before_commit=log.make_durable if log is not None else lambda: None,
         )
         self._vote = StopVote(step.group)
@@ -261,6 +249,8 @@ class _Steps:
         self._losses += [float(entry.result.loss) for entry in kept if entry.result.loss.isfinite()]
         if (log := self._log) is None:
             return
+        if blamed:
+            log.check_newest()
         for row in blamed:
             statistics = log.statistics(self._pending, row, spoilt)
             note_step(self._spec.run_uri, self._plan.data, self._pending[row].step, batches[row], statistics)

@@ -68,6 +68,7 @@ class StepLog:
         check_newest: Callable[[], None],
     ) -> None:
         self._plan, self._board, self._sink = plan, board, sink
+        self.check_newest = check_newest
         self._per_epoch = plan.steps_per_epoch
         self._file = MetricsLog(run_uri, first_step, check_newest)
         self._losses: deque[float] = deque(maxlen=LOSSES_BEFORE)
@@ -123,8 +124,10 @@ class StepLog:
 
     def close(self) -> None:
         """Write and send what the storage and MLflow do not have yet."""
-        self.settle()
         try:
-            self._sink.close()
-        except OSError as error:
-            _logger.warning("metrics that MLflow does not have are not kept: %s", error)
+            self.settle()
+        finally:
+            try:
+                self._sink.close()
+            except OSError as error:
+                _logger.warning("metrics that MLflow does not have are not kept: %s", error)

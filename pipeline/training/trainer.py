@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -30,14 +31,15 @@ from pipeline.model_store import CONFIG, read_model_info
 from pipeline.runtime import is_on_cluster, release_placement_groups
 from pipeline.stopping import StoppedError, StopSignals
 from pipeline.tracking.outbox import RunAddress
-from pipeline.training.attempts import check_not_superseded, controller_of, newest_of
-from pipeline.training.commits import begin_with_placeholder, latest_step, read_marker
+from pipeline.training.attempts import SupersededError, check_not_superseded, controller_of
+from pipeline.training.commits import begin_attempt, latest_checkpoint, latest_step, read_marker
 from pipeline.training.failure import clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.pulse import ANSWER_S, Look, find_hang, make_board
 
 POLL_S = 0.5
+OTHERS_LOOK_S = 30.0
 REPLACE_S = 3.0  # before another controller: the workers of the one that died end meanwhile
 
 OnProgress = Callable[[int, int, float, float], None]
@@ -118,11 +120,10 @@ def train(
                 run_uri=run_uri,
                 plan=plan,
                 tracking=tracking,
-                claimant=controller_of(job, controllers),
                 board=board,
             )
             try:
-                _Fit(config, spec, signals, on_progress).run()
+                _Fit(config, spec, controller_of(job, controllers), signals, on_progress).run()
             except ActorDiedError as error:  # Ray starts workers again, but not what watches over them
                 controllers_lost += 1
                 if config.workers.max_failures >= 0 and controllers_lost > config.workers.max_failures:
@@ -140,10 +141,10 @@ def train(
 
 
 def _check_same_data(data: Manifest | Mixture, run_uri: str) -> None:
-    done = latest_step(run_uri)
-    if not done:
+    newest = latest_checkpoint(run_uri)
+    if newest is None:
         return
-    before = read_marker(run_uri, done)["data_fingerprint"]
+    before = read_marker(newest.uri)["data_fingerprint"]
     if before != data.fingerprint:
         raise ManifestError(
             f"{data.uri}: the run was trained on data with fingerprint {before[:12]}, "
@@ -165,25 +166,37 @@ class _Fit:
     """One controller of Ray Train, which is run by a thread; this one shows progress and watches over the workers."""
 
     def __init__(
-        self, config: TrainConfig, spec: LoopSpec, signals: StopSignals, on_progress: OnProgress | None
+        self,
+        config: TrainConfig,
+        spec: LoopSpec,
+        claimant: str,
+        signals: StopSignals,
+        on_progress: OnProgress | None,
     ) -> None:
-        self._config, self._spec, self._signals, self._on_progress = config, spec, signals, on_progress
+        self._config, self._spec, self._claimant = config, spec, claimant
+        self._signals, self._on_progress = signals, on_progress
         self._error: BaseException | None = None
+        self._superseded: SupersededError | None = None
         self._asked_to_stop = self._warned = False
         self._group: int | None = None
 
     def run(self) -> None:
-        thread = threading.Thread(target=self._train, args=(_trainer(self._config, self._spec),), daemon=True)
+        thread = threading.Thread(
+            target=self._train, args=(_trainer(self._config, self._spec, self._claimant),), daemon=True
+        )
         thread.start()
+        threading.Thread(target=self._look_for_others, args=(thread,), daemon=True).start()
         while thread.is_alive():
             thread.join(POLL_S)
             self._watch()
+            if self._superseded is not None:
+                raise self._superseded
             if self._signals.received and self._group is None:
                 return  # nobody trains yet: nothing to wait for
         self._watch()
         if self._error is not None:
             raise_fatal(self._spec.run_uri)  # the plain reason instead of Ray's wrapping of it
-            check_not_superseded(self._spec.run_uri, self._spec.claimant)  # likewise
+            check_not_superseded(self._spec.run_uri, self._claimant)  # likewise
             raise self._error
 
     def _train(self, trainer: Any) -> None:
@@ -191,6 +204,16 @@ class _Fit:
             trainer.fit()
         except BaseException as error:
             self._error = error
+
+    def _look_for_others(self, fit: threading.Thread) -> None:
+        """Workers look when they write; between, and where they wait for room in the cluster, nobody else would."""
+        while fit.is_alive() and self._superseded is None:
+            fit.join(OTHERS_LOOK_S)
+            with contextlib.suppress(storage.StorageError, OSError):
+                try:
+                    check_not_superseded(self._spec.run_uri, self._claimant)
+                except SupersededError as error:
+                    self._superseded = error
 
     def _watch(self) -> None:
         board = self._spec.board
@@ -225,7 +248,7 @@ class _Fit:
         self._group = newest.group
 
 
-def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
+def _trainer(config: TrainConfig, spec: LoopSpec, claimant: str) -> Any:
     filesystem, path = storage.resolve(storage.join(spec.run_uri, "ray"))
     workers = config.workers
     failures = workers.max_failures
@@ -248,17 +271,10 @@ def _trainer(config: TrainConfig, spec: LoopSpec) -> Any:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=failures),
         ),
-        # Asked again on every start of the group: there a noted fatal error ends the run.
-        datasets={TRAIN: functools.partial(begin_with_placeholder, spec.run_uri, spec.claimant)},
-        dataset_config=PlannedDataConfig(
-            spec.plan, functools.partial(_first_step, spec.run_uri, spec.claimant), workers.cpus_per_worker, quarantine
-        ),
+        # Asked again at every start of the workers.
+        datasets={TRAIN: functools.partial(begin_attempt, spec.run_uri, claimant, workers.storage_patience_s)},
+        dataset_config=PlannedDataConfig(spec.plan, workers.cpus_per_worker, quarantine),
     )
-
-
-def _first_step(run_uri: str, claimant: str) -> int:
-    """Where the ranks go on, and so their samples: what the controller noted, however much is written since."""
-    return newest_of(run_uri, claimant).first_step
 
 
 def _first_line(error: BaseException) -> str:

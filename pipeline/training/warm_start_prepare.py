@@ -17,7 +17,7 @@ from pipeline.tracking import registry
 from pipeline.tracking.model_reference import SCHEME, ModelReference
 from pipeline.training.checkpoint import tensor_shapes
 from pipeline.training.class_match import match_classes, named_sets
-from pipeline.training.commits import MARKER, checkpoint_uri, latest_step
+from pipeline.training.commits import MARKER, latest_checkpoint, latest_step
 from pipeline.training.warm_start import (
     NOTE,
     PinnedHead,
@@ -157,13 +157,13 @@ def _pin_model(asked: str, run_uri: str, tracking_uri: str, wanted: NetworkConfi
 
 def _pin_head(asked: WarmStart, model: PinnedModel) -> PinnedHead:
     run = asked.head
-    step = latest_step(run)
-    if not step:
+    newest = latest_checkpoint(run)
+    if newest is None:
         why = "has no committed checkpoint" if storage.exists(run) else "does not exist"
         raise storage.StorageError(
             f"warm_start.head={run}: {why}; it must be the folder of a run, <storage>/<run_name>"
         )
-    checkpoint = checkpoint_uri(run, step)
+    checkpoint = newest.uri
     shapes = tensor_shapes(checkpoint)
     if "head.weight" not in shapes:
         raise storage.StorageError(f"warm_start.head: {checkpoint} holds no class centres (head.weight)")
@@ -175,7 +175,7 @@ def _pin_head(asked: WarmStart, model: PinnedModel) -> PinnedHead:
     head = PinnedHead(
         run=run,
         checkpoint=checkpoint,
-        step=step,
+        step=newest.step,
         files=_files(checkpoint),
         num_classes=shapes["head.weight"][0],
         optimizer_tensors=tuple(kept),

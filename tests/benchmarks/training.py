@@ -24,7 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.pack import PackSettings, pack
 from pipeline.data.sources import SourceSpec, SyntheticConfig
 from pipeline.runtime import ray_session
-from pipeline.training.commits import committed_steps, read_marker
+from pipeline.training.commits import committed, read_marker
 from pipeline.training.metrics_log import read_metrics
 from tests.benchmarks.head_report import Report
 from tests.benchmarks.short_job import WARM_UP, bare_rate, job_rate, short_config
@@ -101,8 +101,9 @@ def _run(arguments: Arguments) -> dict[str, Any]:
         rate = job_rate(_config(arguments), data, arguments.steps, run_uri)
         lines = read_metrics(run_uri)
         seconds = np.array([arguments.batch / line["images_per_second"] for line in lines])
-        steps = [step for step in committed_steps(run_uri) if WARM_UP < step < len(lines)]
-        markers = [read_marker(run_uri, step) for step in steps]
+        found = [checkpoint for checkpoint in committed(run_uri) if WARM_UP < checkpoint.step < len(lines)]
+        markers = [read_marker(checkpoint.uri) for checkpoint in found]
+    steps = [checkpoint.step for checkpoint in found]
     # What is written in the background takes its share of two cores from the steps behind a save.
     beside = [step + row for step in steps for row in range(2) if step + row < len(seconds)]
     others = np.delete(seconds, [*range(WARM_UP), *beside])

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.training.commits import MARKER, committed_steps, latest_step
+from pipeline import storage
+from pipeline.training.commits import MARKER, committed_steps, latest_checkpoint, latest_step
 from pipeline.training.metrics_log import read_metrics
 from tests.chaos.job import SAVE_EVERY, Job, Verdict, data_of, judge, kill
 from tests.conftest import ROOT
@@ -166,7 +167,7 @@ def test_a_damaged_checkpoint(start, table, reference, damage):
     job.wait_for_steps(33)
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.finish(60) == 143, job.log()
-    newest = job.folder / job.name / "checkpoints" / f"step_{latest_step(job.run_uri):08d}"
+    newest = storage.local_path(latest_checkpoint(job.run_uri).uri)
     path = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.training.commits import committed_steps, read_marker
+from pipeline.training.commits import committed, read_marker
 from tests.chaos.job import SAVE_EVERY, Job, data_of, judge
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
@@ -44,7 +44,7 @@ def cluster():
 
 def _world_sizes(job: Job) -> list[int]:
     """Of the checkpoints that are there, the newest last."""
-    return [read_marker(job.run_uri, step)["world_size"] for step in committed_steps(job.run_uri)]
+    return [read_marker(checkpoint.uri)["world_size"] for checkpoint in committed(job.run_uri)]
 
 
 def _wait_for_world_size(job: Job, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -245,14 +246,16 @@ def test_ray_delivers_the_same_global_sequence_for_every_world_size_and_the_tail
 
 
 @pytest.mark.ray
-def test_the_data_config_asks_for_the_start_at_every_start(packed, ray_cluster):
-    plan, starts = stream_plan(packed, augmentation="none"), iter([0, 5])
-    config = PlannedDataConfig(plan, start_step=lambda: next(starts))
+def test_the_data_config_gives_each_rank_its_rows_from_the_start_on(packed, ray_cluster):
+    plan = stream_plan(packed, augmentation="none")
+    config = PlannedDataConfig(plan)
     expected = oracle(packed, plan.total_steps)
     for world_size, start in ((2, 0), (1, 5)):
-        shards = config.configure({"train": None}, world_size, None, None)
+        given = SimpleNamespace(first_step=start)
+        shards = config.configure({"train": given}, world_size, None, None)
         assert [set(shard) for shard in shards] == [{"train"}] * world_size
-        seen = ray_batches([shard["train"] for shard in shards], world_size)
+        assert all(shard["train"].start is given for shard in shards)
+        seen = ray_batches([shard["train"].rows for shard in shards], world_size)
         np.testing.assert_array_equal(np.stack([index for _, _, index in seen]), expected[start:])
 
 

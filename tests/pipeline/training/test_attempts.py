@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import socket
 import tempfile
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.errors import user_error
+from pipeline.storage import StorageError
+from pipeline.training import attempts as notes
+from pipeline.training import commits
 from pipeline.training.attempts import (
     Attempt,
     SupersededError,
     attempts_of,
-    begin_attempt,
     check_newest,
     check_not_superseded,
     controller_of,
-    newest_of,
 )
 from pipeline.training.checkpointer import Checkpointer
-from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step, prune
+from pipeline.training.commits import (
+    MARKER,
+    Checkpoint,
+    begin_attempt,
+    checkpoint_uri,
+    committed,
+    committed_steps,
+    latest_checkpoint,
+    latest_step,
+    prune,
+)
+from pipeline.training.failure import record_fatal
 from pipeline.training.metrics_log import MetricsLog, read_metrics
 from tests.distributed import run_distributed
 from tests.pipeline.training.test_checkpoint import _scramble, _train_step
@@ -31,152 +45,232 @@ from tests.pipeline.training.test_metrics_log import _line
 MINE, OTHER = controller_of("mine", 1), controller_of("other", 1)
 
 
-def _commit(run_uri: str, step: int, attempt: Attempt | None) -> None:
+def _begin(run_uri: str, claimant: str, patience_s: float = 0.0) -> Attempt:
+    return begin_attempt(run_uri, claimant, patience_s).attempt
+
+
+def _commit(run_uri: str, step: int, attempt: Attempt | None) -> Checkpoint:
     """A marker alone, as late as it may come."""
-    said = {"attempt": str(attempt)} if attempt is not None else {}
-    storage.write_json(storage.join(checkpoint_uri(run_uri, step), MARKER), said)
+    writer = attempt.writer if attempt else ""
+    uri = checkpoint_uri(run_uri, step, writer)
+    storage.write_json(storage.join(uri, MARKER), {"step": step})
+    return Checkpoint(step, writer, uri)
+
+
+def _all_files(run_uri: str) -> dict[str, bytes]:
+    return {info.uri: storage.read_bytes(info.uri) for info in storage.list_files(run_uri)}
 
 
 @pytest.fixture(params=["file", "memory"])
 def run_uri(request, tmp_path) -> str:
-    return str(tmp_path) if request.param == "file" else f"memory://attempts{tmp_path.name}"
+    return storage.normalise(tmp_path if request.param == "file" else f"memory://attempts{tmp_path.name}")
 
 
 def test_each_start_is_noted_and_the_newest_has_the_run(run_uri):
     assert attempts_of(run_uri) == []
-    first = begin_attempt(run_uri, MINE, 0)
-    check_newest(run_uri, first)
-    second = begin_attempt(run_uri, MINE, 120)
-    assert attempts_of(run_uri) == [first, second] == [Attempt(1, 0, MINE), Attempt(2, 120, MINE)]
-    assert newest_of(run_uri, MINE) == second
-    check_newest(run_uri, second)
+    first = begin_attempt(run_uri, MINE)
+    assert (first.first_step, first.checkpoint) == (0, None)
+    check_newest(run_uri, first.attempt)
+    written = _commit(run_uri, 120, first.attempt)
+    second = begin_attempt(run_uri, MINE)
+    assert (second.first_step, second.checkpoint) == (120, written)
+    assert attempts_of(run_uri) == [first.attempt, second.attempt] == [Attempt(1, MINE, 0), Attempt(2, MINE, 120)]
+    check_newest(run_uri, second.attempt)
     with pytest.raises(SupersededError):
-        check_newest(run_uri, first)
+        check_newest(run_uri, first.attempt)
 
 
 def test_another_job_takes_the_run_over_and_this_one_never_takes_it_back(run_uri):
-    mine = begin_attempt(run_uri, MINE, 0)
+    mine = _begin(run_uri, MINE)
+    _commit(run_uri, 40, mine)
     check_not_superseded(run_uri, MINE)
     check_not_superseded(run_uri, OTHER)  # it has not begun
-    begin_attempt(run_uri, OTHER, 40)
-    told = rf"another job on {socket.gethostname()} took this run over at 20\d\d-.*from step 40.*--run-name"
+    _begin(run_uri, OTHER)
+    told = rf"took this run over, from step 40 \(at 20\d\d-.*by {socket.gethostname()}\).*another --run-name"
     for claimant in (MINE, controller_of("mine", 2)):  # another controller of the same job is no way back
         with pytest.raises(SupersededError, match=told):
-            begin_attempt(run_uri, claimant, 40)
-    with pytest.raises(SupersededError, match=told):
+            begin_attempt(run_uri, claimant, patience_s=100)
+    with pytest.raises(SupersededError, match=told) as error:
         check_newest(run_uri, mine)
+    assert user_error(error.value) is error.value
     assert len(attempts_of(run_uri)) == 2
-    begin_attempt(run_uri, controller_of("other", 2), 45)
-    assert newest_of(run_uri, OTHER).first_step == 40
+    _begin(run_uri, controller_of("other", 2))
 
 
-def test_two_that_begin_in_the_same_moment_are_told_apart_by_all_alike(run_uri):
-    both = [Attempt(1, 0, MINE), Attempt(1, 0, OTHER)]
-    for attempt in both:
-        storage.write_json(storage.join(run_uri, "attempts", f"{attempt}.json"), {"began": "now", "host": "here"})
-    assert attempts_of(run_uri) == both
-    check_newest(run_uri, both[1])
-    with pytest.raises(SupersededError):
-        check_newest(run_uri, both[0])
+def test_a_note_that_is_gone_is_no_other_job(run_uri):
+    mine = _begin(run_uri, MINE)
+    storage.delete_tree(storage.join(run_uri, "attempts"))
+    with pytest.raises(StorageError, match="is gone, so nobody knows whose the run is"):
+        check_newest(run_uri, mine)
+
+
+def test_two_that_begin_in_the_same_moment_are_told_apart_by_all_alike(run_uri, monkeypatch):
+    """Both look before either has its note."""
+    look, others = commits.attempts_of, []
+
+    def both_look(uri):
+        found = look(uri)
+        if not others:
+            others.append(Attempt(1, OTHER, 0))
+            notes.write_note(uri, others[0])
+        return found
+
+    monkeypatch.setattr(commits, "attempts_of", both_look)
+    with pytest.raises(SupersededError):  # "mine" sorts before "other"
+        begin_attempt(run_uri, MINE)
+    assert [attempt.number for attempt in attempts_of(run_uri)] == [1, 1]
+    check_newest(run_uri, others[0])
+
+
+def test_what_was_committed_between_the_look_and_the_note_is_not_discarded(run_uri, monkeypatch):
+    mine = _begin(run_uri, MINE)
+    _commit(run_uri, 5, mine)
+    write, late = commits.write_note, [10, 15]
+
+    def slow(uri, attempt):
+        if late:
+            _commit(uri, late.pop(0), mine)
+        write(uri, attempt)
+
+    monkeypatch.setattr(commits, "write_note", slow)
+    started = begin_attempt(run_uri, OTHER)
+    assert started.first_step == latest_step(run_uri) == 15
+    assert attempts_of(run_uri) == [mine, started.attempt], "the notes that came to nothing are gone"
 
 
 def test_a_late_checkpoint_does_not_count_and_is_swept(run_uri, caplog):
-    mine = begin_attempt(run_uri, MINE, 0)
+    mine = _begin(run_uri, MINE)
     _commit(run_uri, 5, mine)
-    other = begin_attempt(run_uri, OTHER, latest_step(run_uri))
-    _commit(run_uri, 10, mine)  # between its look and its write, the other began
+    other = _begin(run_uri, OTHER)
+    late = _commit(run_uri, 10, mine)  # between its look and its marker, the other began
     assert latest_step(run_uri) == 5
-    assert "step_00000010: does not count, the run went on without it" in caplog.text
-    _commit(run_uri, 15, other)
+    assert f"{late.uri}: came late, the run had gone on without it" in caplog.text
+    newest = _commit(run_uri, 15, other)
     assert latest_step(run_uri) == 15
-    prune(run_uri, keep=2, newest=15)
+    prune(run_uri, keep=2, newest=newest)
     assert committed_steps(run_uri) == [5, 15], "it takes no other's place"
 
 
+def test_workers_that_wake_up_after_their_marker_delete_nothing(run_uri):
+    mine = _begin(run_uri, MINE)
+    _commit(run_uri, 5, mine)
+    other = _begin(run_uri, OTHER)
+    theirs = [_commit(run_uri, step, other) for step in (10, 15, 20)]
+    late = _commit(run_uri, 10, mine)
+    prune(run_uri, keep=1, newest=late)
+    assert set(theirs) < set(committed(run_uri))
+    assert latest_checkpoint(run_uri) == theirs[-1]
+
+
+def test_a_base_that_is_gone_is_no_beginning(run_uri):
+    """What there is came late, and what the newest attempt began with was deleted: people decide."""
+    mine = _begin(run_uri, MINE)
+    base = _commit(run_uri, 5, mine)
+    _begin(run_uri, OTHER)
+    _commit(run_uri, 10, mine)
+    storage.delete_tree(base.uri)
+    with pytest.raises(
+        StorageError, match=r"step_00000010-000001-mine\.1: came late.*no checkpoint of the run is whole"
+    ):
+        latest_checkpoint(run_uri)
+    storage.delete_tree(storage.join(run_uri, "checkpoints"))  # as the message says
+    assert begin_attempt(run_uri, controller_of("third", 1)).checkpoint is None
+
+
+def test_late_ones_alone_stop_nobody_who_began_at_the_beginning(run_uri):
+    mine = _begin(run_uri, MINE)
+    _begin(run_uri, OTHER)
+    _commit(run_uri, 5, mine)
+    assert begin_attempt(run_uri, controller_of("third", 1)).checkpoint is None
+
+
 def test_checkpoints_of_versions_that_did_not_say_count(run_uri):
-    _commit(run_uri, 5, None)
-    assert latest_step(run_uri) == 5
-    begin_attempt(run_uri, MINE, 5)
-    assert latest_step(run_uri) == 5
-
-
-class _Written(NamedTuple):
-    step: int
-    by: int  # place of the attempt
+    before = _commit(run_uri, 5, None)
+    assert begin_attempt(run_uri, MINE).checkpoint == before
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["begin", "commit"]), st.integers(0, 7), st.integers(1, 4)), max_size=14))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["begin", "commit", "prune"]), st.integers(0, 7), st.integers(1, 4)), max_size=16
+    )
+)
 def test_whoever_commits_whenever_the_newest_goes_on_from_its_own_line(events):
-    """No attempt looks before it commits here: the worst that can happen between its look and its write."""
-    with tempfile.TemporaryDirectory() as run_uri:
-        attempts: list[Attempt] = []
-        lines: list[set[_Written]] = []  # the checkpoints that each attempt's state descends from
-        there: dict[int, _Written] = {}
+    """No attempt looks before it commits here: the worst that can happen between its look and its marker."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_uri = storage.normalise(folder)
+        begun: list[Attempt] = []
+        lines: list[list[Checkpoint]] = []  # what each attempt's state descends from, rising
         for kind, which, ahead in events:
             if kind == "begin":
-                first = latest_step(run_uri)
-                parent = there.get(first)
-                attempts.append(begin_attempt(run_uri, controller_of(f"job{len(attempts)}", 1), first))
-                before = {w for w in lines[parent.by] if w.step <= first} if parent else set()
-                lines.append(before)
-            elif attempts:
-                place = which % len(attempts)
-                own = [w.step for w in lines[place] if w.by == place]
-                step = max(own, default=attempts[place].first_step) + ahead
-                written = _Written(step, place)
-                lines[place].add(written)
-                there[step] = written
-                _commit(run_uri, step, attempts[place])
-        on_line = [step for step, written in there.items() if attempts and written in lines[-1]]
-        assert latest_step(run_uri) == max(on_line, default=0)
+                start = begin_attempt(run_uri, controller_of(f"job{len(begun)}", 1))
+                begun.append(start.attempt)
+                parents = [line for line in lines if start.checkpoint in line]
+                line = parents[0] if parents else []
+                lines.append([entry for entry in line if entry <= start.checkpoint] if start.checkpoint else [])
+            elif begun:
+                place = which % len(begun)
+                own = [entry for entry in lines[place] if entry.writer == begun[place].writer]
+                if kind == "commit":
+                    step = (own[-1].step if own else begun[place].first_step) + ahead
+                    lines[place].append(_commit(run_uri, step, begun[place]))
+                elif own:
+                    prune(run_uri, keep=1 + ahead // 3, newest=own[-1])
+        expected = lines[-1][-1:] if begun else []
+        assert latest_checkpoint(run_uri) == (expected[0] if expected else None), "the newest of the newest's line"
 
 
-def _fenced(group, run_uri: str) -> None:
+def _fenced(group, run_uri: str, mine: Attempt) -> None:
     step = _train_step(group)
     _scramble(step, 1)
     step.num_steps_done = 5
-    mine = newest_of(run_uri, MINE)
-    Checkpointer(run_uri, step, keep=2, check_newest=lambda: check_newest(run_uri, mine)).save_now(30)
+    Checkpointer(run_uri, step, writer=mine.writer, keep=2, check_newest=lambda: check_newest(run_uri, mine)).save_now(
+        30
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_workers_whose_run_others_have_neither_commit_nor_delete(tmp_path, world_size):
     run_uri = str(tmp_path)
-    begin_attempt(run_uri, MINE, 0)
-    other = begin_attempt(run_uri, OTHER, 0)
-    _commit(run_uri, 5, other)
-    before = {info.uri: storage.read_bytes(info.uri) for info in storage.list_files(run_uri)}
+    mine = _begin(run_uri, MINE)
+    _commit(run_uri, 5, _begin(run_uri, OTHER))
+    before = _all_files(run_uri)
     if world_size == 1:
-        with pytest.raises(SupersededError, match="another job"):
-            _fenced(None, run_uri)
+        with pytest.raises(SupersededError, match="took this run over"):
+            _fenced(None, run_uri, mine)
     else:
-        with pytest.raises(AssertionError, match="another job"):  # of the ranks
-            run_distributed(world_size, _fenced, run_uri)
-    assert {info.uri: storage.read_bytes(info.uri) for info in storage.list_files(run_uri)} == before
+        with pytest.raises(AssertionError, match="took this run over"):  # of the ranks
+            run_distributed(world_size, _fenced, run_uri, mine)
+    assert _all_files(run_uri) == before
 
 
 def test_a_run_that_is_taken_over_while_files_are_written_is_not_committed(tmp_path, monkeypatch):
+    """And the other, which gets to the same step meanwhile, keeps every byte."""
     run_uri = str(tmp_path)
-    begin_attempt(run_uri, MINE, 0)
-    write = Checkpointer._write_files
+    mine = _begin(run_uri, MINE)
+    write, theirs = Checkpointer._write_files, {}
 
     def taken_over(own, staged, folder):
+        if not theirs:
+            theirs["begun"] = other = _begin(run_uri, OTHER)
+            _fenced(None, run_uri, other)
+            theirs.update(_all_files(checkpoint_uri(run_uri, 5, other.writer)))
         write(own, staged, folder)
-        begin_attempt(run_uri, OTHER, 0)
 
     monkeypatch.setattr(Checkpointer, "_write_files", taken_over)
     with pytest.raises(SupersededError):
-        _fenced(None, run_uri)
-    assert committed_steps(run_uri) == []
+        _fenced(None, run_uri, mine)
+    other = theirs.pop("begun")
+    assert [checkpoint.writer for checkpoint in committed(run_uri)] == [other.writer]
+    assert _all_files(checkpoint_uri(run_uri, 5, other.writer)) == theirs
 
 
 def test_lines_of_a_run_that_others_have_are_not_touched(run_uri):
-    mine = begin_attempt(run_uri, MINE, 0)
+    mine = _begin(run_uri, MINE)
     log = MetricsLog(run_uri, 0, lambda: check_newest(run_uri, mine))
     log.write([_line(0), _line(1)])
     log.make_durable()
-    begin_attempt(run_uri, OTHER, 1)
+    _begin(run_uri, OTHER)
     theirs = MetricsLog(run_uri, 1)
     theirs.write([_line(1, loss=0.25)])
     theirs.make_durable()
@@ -188,3 +282,32 @@ def test_lines_of_a_run_that_others_have_are_not_touched(run_uri):
     with pytest.raises(SupersededError):
         MetricsLog(run_uri, 0, lambda: check_newest(run_uri, mine))
     assert [(line["step"], line["loss"]) for line in read_metrics(run_uri)] == [(0, 1.5), (1, 0.25)]
+
+
+def test_a_full_disk_is_waited_for_and_damage_is_not(tmp_path, monkeypatch, caplog):
+    run_uri = str(tmp_path)
+    monkeypatch.setattr(commits, "RETRY_S", 0.01)
+    tries = itertools.count()
+
+    def full(uri, attempt):
+        if next(tries) < 3:
+            raise StorageError(f"{uri}: cannot write") from OSError(errno.ENOSPC, "No space left on device")
+        notes.write_note(uri, attempt)
+
+    monkeypatch.setattr(commits, "write_note", full)
+    with pytest.raises(StorageError, match="cannot write"):
+        begin_attempt(run_uri, MINE)
+    mine = _begin(run_uri, MINE, patience_s=30)
+    assert mine.number == 1
+    assert caplog.text.count("the workers wait for the storage") == 2
+    damaged = checkpoint_uri(run_uri, 5, mine.writer)
+    storage.write_json(storage.join(damaged, MARKER), {"files": {"a": {"num_bytes": 3}}})
+    with pytest.raises(StorageError, match="no checkpoint of the run is whole"):
+        begin_attempt(run_uri, MINE, patience_s=1e9)
+
+
+def test_a_noted_failure_ends_the_run(tmp_path):
+    record_fatal(str(tmp_path), storage.MissingError("shard-7.tar: does not exist"))
+    with pytest.raises(RuntimeError, match="shard-7"):
+        begin_attempt(str(tmp_path), MINE)
+    assert attempts_of(str(tmp_path)) == []

@@ -24,7 +24,15 @@ from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.training.checkpoint import DamagedCheckpointError, restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
-from pipeline.training.commits import MARKER, checkpoint_uri, committed_steps, latest_step, read_marker
+from pipeline.training.commits import (
+    MARKER,
+    Checkpoint,
+    checkpoint_uri,
+    committed_steps,
+    latest_checkpoint,
+    latest_step,
+    read_marker,
+)
 from tests.distributed import run_distributed
 
 WRITERS = {1: 7, 2: 7, 3: 7, 4: 5}  # ranks that write -> classes: uneven shards, and a rank without any (5 over 4)
@@ -67,6 +75,10 @@ def _flat(step: TrainStep) -> dict[str, torch.Tensor]:
     return {name: value.to_local() if isinstance(value, DTensor) else value for name, value in found.items()}
 
 
+def _checkpoint(run_uri: str, step: int) -> Checkpoint:
+    return Checkpoint(step, "", checkpoint_uri(run_uri, step))
+
+
 def _write(group, run_uri: str, num_classes: int) -> None:
     step = _train_step(group, num_classes)
     _scramble(step, seed=num_classes)
@@ -81,7 +93,7 @@ def _read_all(group, folders: dict[int, str]) -> None:
         _scramble(expected, seed=num_classes)
         _scramble(step, seed=1000)
         assert not torch.equal(step.model.fusion.global_quality.std, expected.model.fusion.global_quality.std)
-        restore_checkpoint(run_uri, latest_step(run_uri), step)
+        restore_checkpoint(latest_checkpoint(run_uri), step)
         assert step.num_steps_done == 12
         found, wanted = _flat(step), _flat(expected)
         assert found.keys() == wanted.keys()
@@ -117,7 +129,7 @@ def test_without_a_group_what_ranks_wrote_is_read(written):
 
 def test_the_marker_says_what_it_marks(written):
     for writers, run_uri in written.items():
-        marker = read_marker(run_uri, 12)
+        marker = read_marker(checkpoint_uri(run_uri, 12))
         assert (marker["note"], marker["step"]) == ("test", 12), writers
         folder = storage.local_path(checkpoint_uri(run_uri, 12))
         found = {path.name: path for path in folder.iterdir() if path.name != MARKER}
@@ -159,7 +171,7 @@ def test_an_uncommitted_folder_does_not_count_and_the_next_save_sweeps_it(tmp_pa
     storage.delete_file(storage.join(checkpoint_uri(run_uri, 10), MARKER))  # the kill came before the marker
     assert latest_step(run_uri) == 5
     resumed = _train_step()
-    restore_checkpoint(run_uri, latest_step(run_uri), resumed)
+    restore_checkpoint(latest_checkpoint(run_uri), resumed)
     expected = _train_step()
     _scramble(expected, 1)
     assert all(torch.equal(value, _flat(expected)[name]) for name, value in _flat(resumed).items())
@@ -175,7 +187,7 @@ def test_a_step_left_half_written_is_written_again(tmp_path):
     expected = _flat(_save(run_uri, 5, seed=3))
     assert not (remains / "__3_0.distcp").exists()
     restored = _train_step()
-    restore_checkpoint(run_uri, 5, restored)
+    restore_checkpoint(_checkpoint(run_uri, 5), restored)
     assert all(torch.equal(value, expected[name]) for name, value in _flat(restored).items())
 
 
@@ -220,7 +232,7 @@ def test_a_bit_that_changed_is_found_and_the_checkpoint_counts_no_more(tmp_path,
     path.write_bytes(content)
     assert latest_step(run_uri) == 5
     with pytest.raises(DamagedCheckpointError, match=rf"step_00000005.*{path.name}: is not what was written"):
-        restore_checkpoint(run_uri, 5, _train_step())
+        restore_checkpoint(_checkpoint(run_uri, 5), _train_step())
     assert latest_step(run_uri) == 3
     _save(run_uri, 7)
     assert _folders(run_uri) == ["step_00000003", "step_00000007"]
@@ -235,7 +247,7 @@ def _check_damage_on_ranks(group, run_uri: str) -> None:
                 path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     dist.barrier(group)
     with pytest.raises(DamagedCheckpointError, match=r"step_00000012: the checkpoint cannot be read"):
-        restore_checkpoint(run_uri, 12, _train_step(group))
+        restore_checkpoint(_checkpoint(run_uri, 12), _train_step(group))
     with pytest.raises(storage.StorageError, match="step_00000012: is damaged: no checkpoint of the run is whole"):
         latest_step(run_uri)
 
@@ -253,7 +265,7 @@ def test_an_object_store_holds_the_same(tmp_path):
     assert committed_steps(run_uri) == [7]
     assert not storage.list_files(checkpoint_uri(run_uri, 3))
     restored = _train_step(seed=8)
-    restore_checkpoint(run_uri, 7, restored)
+    restore_checkpoint(_checkpoint(run_uri, 7), restored)
     assert restored.num_steps_done == 7
     assert all(torch.equal(value, expected[name]) for name, value in _flat(restored).items())
     storage.delete_file(storage.join(checkpoint_uri(run_uri, 7), MARKER))
@@ -273,7 +285,7 @@ def _write_rank_statistics(group, run_uri: str) -> None:
 def test_batch_norm_statistics_are_those_of_the_rank_that_is_exported(tmp_path):
     run_distributed(2, _write_rank_statistics, str(tmp_path))
     step = _train_step()
-    restore_checkpoint(str(tmp_path), 1, step)
+    restore_checkpoint(_checkpoint(str(tmp_path), 1), step)
     statistics = [value for name, value in step.model.state_dict().items() if "running_" in name]
     assert statistics
     assert all((value == 0).all() for value in statistics)

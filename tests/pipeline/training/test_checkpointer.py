@@ -20,7 +20,7 @@ from pipeline.training.checkpoint import restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import checkpoint_uri, committed_steps, latest_step, read_marker
 from tests.distributed import run_distributed
-from tests.pipeline.training.test_checkpoint import _flat, _scramble, _train_step
+from tests.pipeline.training.test_checkpoint import _checkpoint, _flat, _scramble, _train_step
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -74,9 +74,9 @@ def test_what_is_saved_is_the_state_at_the_call_however_far_training_is_by_then(
     assert committed_steps(str(tmp_path)) == []
     gate.open.set()
     _wait_for(lambda: committed_steps(str(tmp_path)) == [5])
-    assert read_marker(str(tmp_path), 5)["loss"] == 1.5
+    assert read_marker(checkpoint_uri(str(tmp_path), 5))["loss"] == 1.5
     restored = _train_step()
-    restore_checkpoint(str(tmp_path), 5, restored)
+    restore_checkpoint(_checkpoint(str(tmp_path), 5), restored)
     assert all(torch.equal(value, expected[name]) for name, value in _flat(restored).items())
 
 
@@ -119,9 +119,8 @@ def test_a_full_disk_stops_nothing_and_the_same_state_is_written_when_it_is_not(
         monkeypatch.setattr(storage, "write_json", fails(storage.write_json))
     train_step = _at(5)
     expected = {name: value.clone() for name, value in _flat(train_step).items()}
-    checkpointer = Checkpointer(
-        str(tmp_path), train_step, keep=2, before_commit=fails(lambda: None) if where == "lines" else None
-    )
+    lines = fails(lambda: None) if where == "lines" else lambda: None
+    checkpointer = Checkpointer(str(tmp_path), train_step, keep=2, before_commit=lines)
     with caplog.at_level(logging.WARNING):
         assert checkpointer.save()
         _wait_for(lambda: len(_warnings(caplog)) > 2)
@@ -132,7 +131,7 @@ def test_a_full_disk_stops_nothing_and_the_same_state_is_written_when_it_is_not(
     is_full = False
     _wait_for(lambda: committed_steps(str(tmp_path)) == [5])
     restored = _train_step()
-    restore_checkpoint(str(tmp_path), 5, restored)
+    restore_checkpoint(_checkpoint(str(tmp_path), 5), restored)
     assert all(torch.equal(value, expected[name]) for name, value in _flat(restored).items())
 
 
@@ -216,7 +215,7 @@ def _save_in_half_failing_ranks(group, run_uri: str) -> None:
 def test_ranks_fail_and_try_again_together(tmp_path):
     run_distributed(2, _save_in_half_failing_ranks, str(tmp_path))
     restored, expected = _train_step(), _train_step()
-    restore_checkpoint(str(tmp_path), 4, restored)
+    restore_checkpoint(_checkpoint(str(tmp_path), 4), restored)
     _scramble(expected, 7)
     assert torch.equal(restored.head.weight, expected.head.weight)
 

@@ -6,15 +6,17 @@ A checkpoint is a folder of `torch.distributed.checkpoint` files; see `pipeline.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from pathlib import Path
-from typing import Any, Final
+import io
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -23,8 +25,6 @@ from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
 from pipeline.training.commits import MARKER, Checkpoint, mark_damaged
-
-METADATA: Final = ".metadata"  # as torch's FileSystemWriter calls it
 
 
 class DamagedCheckpointError(storage.StorageError):
@@ -57,17 +57,12 @@ def read_checkpoint(uri: str, state: dict[str, Any], group: ProcessGroup | None)
         DamagedCheckpointError: A file is not what was written.
         StorageError: It cannot be read, or it lacks one of the tensors.
     """
-    with tempfile.TemporaryDirectory() as staging:
-        folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
-        if not storage.is_local(uri):
-            for info in storage.list_files(uri):
-                (folder / info.uri.rsplit("/", 1)[1]).write_bytes(storage.read_bytes(info.uri))
-        _check_files(uri, folder, group)
-        try:
-            load(state, storage_reader=FileSystemReader(folder), process_group=group, no_dist=group is None)
-        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
-            reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-            raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {reason}") from error
+    _check_files(uri, group)
+    try:
+        load(state, storage_reader=_PartsReader(uri), process_group=group, no_dist=group is None)
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+        reason = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+        raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {reason}") from error
 
 
 def tensor_shapes(uri: str) -> dict[str, tuple[int, ...]]:
@@ -76,18 +71,39 @@ def tensor_shapes(uri: str) -> dict[str, tuple[int, ...]]:
     Raises:
         StorageError: It cannot be read.
     """
-    with tempfile.TemporaryDirectory() as staging:
-        folder = storage.local_path(uri) if storage.is_local(uri) else Path(staging)
-        if not storage.is_local(uri):
-            (folder / METADATA).write_bytes(storage.read_bytes(storage.join(uri, METADATA)))
-        try:
-            known = FileSystemReader(folder).read_metadata().state_dict_metadata
-        except Exception as error:  # of many kinds, whatever the bytes lead the reader to
-            raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {error}") from error
+    try:
+        known = _PartsReader(uri).read_metadata().state_dict_metadata
+    except Exception as error:  # of many kinds, whatever the bytes lead the reader to
+        raise storage.StorageError(f"{uri}: the checkpoint cannot be read: {error}") from error
     return {name: tuple(entry.size) for name, entry in known.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def _check_files(uri: str, folder: Path, group: ProcessGroup | None) -> None:
+class _Files(FileSystem):
+    """Files of any storage, as torch's reader opens them."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with storage.open_read(str(path)) as stream:
+            yield stream
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return storage.join(str(path), suffix)
+
+
+class _PartsReader(FileSystemReader):
+    """Reads of a checkpoint, where it lies, what this rank has a place for: its own centres, not those of all."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__("")
+        self.fs, self.path = _Files(), uri
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        # In one request: torch would ask for a tensor's bytes in many.
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
+
+def _check_files(uri: str, group: ProcessGroup | None) -> None:
     """Compare the files with the marker, each rank some of them."""
     rank, world = rank_in(group), world_size(group)
     try:
@@ -95,18 +111,22 @@ def _check_files(uri: str, folder: Path, group: ProcessGroup | None) -> None:
     except storage.MissingError:  # perhaps on this rank alone
         wrong = [MARKER]
     else:
-        wrong = [
-            name
-            for name in sorted(expected)[rank::world]
-            if not (folder / name).is_file() or checksum(folder / name) != expected[name]
-        ]
+        wrong = [name for name in sorted(expected)[rank::world] if _found(storage.join(uri, name)) != expected[name]]
     found = all_gather_stack(torch.tensor([len(wrong)]), group).flatten().tolist()
     if any(found):
         which = ", ".join(wrong) or f"a file that rank {next(rank for rank, count in enumerate(found) if count)} read"
         raise DamagedCheckpointError(f"{uri}: the checkpoint cannot be read: {which}: is not what was written")
 
 
-def checksum(path: Path) -> dict[str, Any]:
+def checksum(uri: str) -> dict[str, Any]:
     """Size and SHA-256 of a file, as a marker has them."""
-    with path.open("rb") as file:
-        return {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with storage.open_read(uri) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"num_bytes": file.tell(), "sha256": sha256}
+
+
+def _found(uri: str) -> dict[str, Any] | None:
+    try:
+        return checksum(uri)
+    except storage.MissingError:
+        return None

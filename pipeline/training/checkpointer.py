@@ -233,7 +233,7 @@ class Checkpointer:
         """Read this rank's files again: for their checksums, and for a store that is no file system."""
         for path in folder.iterdir():
             if _is_of_rank(path.name, rank_in(self._group)):
-                files[path.name] = checksum(path)
+                files[path.name] = checksum(storage.normalise(path))
                 if not storage.is_local(uri):
                     storage.write_bytes(storage.join(uri, path.name), path.read_bytes())
 

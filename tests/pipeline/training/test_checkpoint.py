@@ -22,6 +22,7 @@ from lgaf.schedule import Schedule
 from lgaf.state import training_state
 from lgaf.step import TrainStep
 from pipeline import storage
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError, restore_checkpoint
 from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.commits import (
@@ -289,3 +290,38 @@ def test_batch_norm_statistics_are_those_of_the_rank_that_is_exported(tmp_path):
     statistics = [value for name, value in step.model.state_dict().items() if "running_" in name]
     assert statistics
     assert all((value == 0).all() for value in statistics)
+
+
+def _read_own_part(group, run_uri: str) -> None:
+    opened, open_read = [], storage.open_read
+
+    def noted(uri):
+        opened.append(uri.rsplit("/", 1)[1])
+        return open_read(uri)
+
+    storage.open_read = noted  # this process ends with the test
+    step = _train_step(group)
+    state = training_state(step)
+    opened.clear()
+    checkpoint.read_checkpoint(checkpoint_uri(run_uri, 12), state, group)
+    parts = [name for name in opened[len(_share_of_files(run_uri, group)) :] if name.endswith(".distcp")]
+    # Rank 0 wrote what all ranks have alike.
+    assert set(parts) == {"__0_0.distcp", f"__{rank_in(group)}_0.distcp"}
+
+
+def _share_of_files(run_uri: str, group) -> list[str]:
+    return sorted(read_marker(checkpoint_uri(run_uri, 12))["files"])[rank_in(group) :: 2]
+
+
+def test_a_rank_reads_its_own_part_of_a_checkpoint(written):
+    """Beside the files whose checksums are its share to compare."""
+    run_distributed(2, _read_own_part, written[2])
+
+
+def test_a_marker_that_is_gone_is_damage(tmp_path):
+    run_uri = str(tmp_path)
+    _save(run_uri, 3)
+    found = latest_checkpoint(run_uri)
+    storage.delete_file(storage.join(found.uri, MARKER))
+    with pytest.raises(DamagedCheckpointError, match=r"step_00000003: the checkpoint cannot be read: COMMITTED.json"):
+        restore_checkpoint(found, _train_step())

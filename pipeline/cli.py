@@ -30,11 +30,13 @@ from pipeline.tracking.outbox import RunAddress
 from pipeline.tracking.store import default_tracking_uri
 from pipeline.tracking.tracked_run import TrackedRun
 from pipeline.training.attempts import SupersededError
+from pipeline.training.failure import WorkersLostError
 from pipeline.training.metrics_log import NAME as METRICS
 from pipeline.training.split_report import read_splits, split_table
 from pipeline.training.warm_start_prepare import pin_warm_start
 
 DEBUG_VARIABLE: Final = "LGAF_DEBUG"
+CONFIG: Final = "config.json"
 
 
 def run_job(job: Callable[[], None]) -> int:
@@ -53,6 +55,11 @@ def run_job(job: Callable[[], None]) -> int:
     except StoppedError as error:
         errors.print(f"[yellow]{error}[/]; the same command resumes the run")
         return 128 + error.signal_number
+    except WorkersLostError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            errors.print_exception()
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        return EXIT_RETRY
     except Exception as error:
         known = user_error(error)
         if known is None or os.environ.get(DEBUG_VARIABLE):
@@ -92,6 +99,7 @@ def train_job(preset: TrainConfig, arguments: list[str] | None = None) -> int:
     def job() -> None:
         config = _with_place(commands[0].config)
         if commands[0].dry_run:
+            _check_resumable(config, storage.join(config.storage, config.run_name))
             dry_run(config, Console())
         else:
             run_training(config)
@@ -137,12 +145,13 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     console = Console()
     run_uri = storage.join(config.storage, config.run_name)
-    with storage.lock(run_uri, f"run_name={config.run_name!r} is running already"):
+    with storage.lock(run_uri, f"run_name={config.run_name!r} is running already: stop it, or take another name"):
         return _run_locked(config, run_uri, console, started)
 
 
 def _run_locked(config: TrainConfig, run_uri: str, console: Console, started: float) -> dict[str, Any]:
     _check_resumable(config, run_uri)
+    _note_config(config, run_uri)
     for uri in wanted_sets(config):
         detect_format(uri)  # a mistyped place is told before anything is started
     if config.benchmarks != SYNTHETIC:
@@ -188,8 +197,8 @@ def _with_place(config: TrainConfig) -> TrainConfig:
 
 
 def _check_resumable(config: TrainConfig, run_uri: str) -> None:
-    """Refuse to go on with a training that was started with another recipe; note this one's."""
-    uri = storage.join(run_uri, "config.json")
+    """Refuse to go on with a training that was started with another recipe."""
+    uri = storage.join(run_uri, CONFIG)
     content = storage.plain_json(asdict(config))
     if storage.exists(uri) and storage.exists(storage.join(run_uri, METRICS)):
         before, now = (flat_settings(recipe_of(settings)) for settings in (storage.read_json(uri), content))
@@ -197,7 +206,10 @@ def _check_resumable(config: TrainConfig, run_uri: str) -> None:
         if fixed:
             details = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in fixed)
             raise ValueError(f"run_name={config.run_name!r} was started with another configuration: {details}")
-    storage.write_json(uri, content)
+
+
+def _note_config(config: TrainConfig, run_uri: str) -> None:
+    storage.write_json(storage.join(run_uri, CONFIG), storage.plain_json(asdict(config)))
 
 
 def _open_place(config: TrainConfig, run_uri: str) -> RunPlace:

@@ -60,5 +60,7 @@ def may_pass(error: BaseException) -> bool:
 def message(error: BaseException) -> str:
     """The one line that says what is wrong, without the traceback that Ray puts into its copies."""
     inner = getattr(error, "cause", None)
-    text = str(inner if isinstance(inner, BaseException) else error)
-    return text.strip() or type(error).__name__
+    text = str(inner if isinstance(inner, BaseException) else error).strip()
+    if isinstance(error, (*DATA_ERRORS, StorageError)):
+        text = text.split("\n", 1)[0]  # ours are one line; what follows is Ray's advice on retries
+    return text or type(error).__name__

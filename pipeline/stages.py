@@ -237,6 +237,8 @@ def _train(config: TrainConfig, place: RunPlace, on_progress: OnProgress, needed
     left_out = epoch_samples(loaded) % config.batch_size
     warm = prepare_warm_start(config, loaded, place.uri, place.tracking_uri)
     beginning = "from the start" if warm is None else warm.summary()
+    if not done and (lost := len(read_metrics(place.uri))):
+        beginning += f", for the {lost} steps that were trained left no checkpoint"
     note = f"{'resumed' if done else beginning}; {left_out} samples of each epoch are left out (less than a batch)"
     on_progress("train", done, plan.total_steps, note)
     try:

@@ -144,6 +144,8 @@ def find_verification_sets(uri: str) -> list[str]:
     found = [info.uri for info in storage.list_files(root) if info.uri.endswith(".bin")]
     sets = [file for file in found if "/" not in file.removeprefix(root + "/")]
     if not sets:
+        if not storage.exists(root):
+            raise ValueError(f"{root}: does not exist; expected a folder of verification sets, or one such file")
         raise ValueError(f"{uri}: holds no verification sets; expected files such as lfw.bin or cfp_fp.bin")
     return sets
 

@@ -8,6 +8,7 @@ Ray Train asks for all of this at every start, in processes of its own: nothing 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import re
 import time
@@ -101,7 +102,7 @@ def _latest(run_uri: str, without: Attempt | None) -> Checkpoint | None:
             damage.append(reason)
         else:
             if late or damage:
-                _logger.warning("going on from step %d: %s", checkpoint.step, "; ".join(late + damage))
+                _warn_once(f"going on from step {checkpoint.step}: {'; '.join(late + damage)}")
             return checkpoint
     # What a loading worker found to be damaged counts too.
     damage += [f"{checkpoint.uri}: is damaged" for checkpoint in _having(files, DAMAGED)]
@@ -114,13 +115,25 @@ def _latest(run_uri: str, without: Attempt | None) -> Checkpoint | None:
     return None
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Several ask at every start."""
+    _logger.warning("%s", text)
+
+
 def _is_discarded(checkpoint: Checkpoint, attempts: list[Attempt]) -> bool:
     return any(attempt.discards(checkpoint.step, checkpoint.writer) for attempt in attempts)
 
 
 def _damage(checkpoint: Checkpoint, sizes: dict[str, int]) -> str:
     """The first file of a checkpoint that is not as long as its marker says; empty where all are."""
-    for name, expected in read_marker(checkpoint.uri).get("files", {}).items():
+    try:
+        marker = read_marker(checkpoint.uri)
+    except storage.StorageError as error:
+        if isinstance(error, storage.MissingError) or may_pass(error):
+            raise
+        return str(error)
+    for name, expected in marker.get("files", {}).items():
         uri = storage.join(checkpoint.uri, name)
         found = sizes.get(uri)
         if found != expected["num_bytes"]:
@@ -154,12 +167,19 @@ def prune(run_uri: str, keep: int, keep_best: int = 0, newest: Checkpoint | None
     ]
     stays = set(counts[-keep:])
     if keep_best:
-        losses = [(read_marker(checkpoint.uri).get("loss"), -place) for place, checkpoint in enumerate(counts[:-keep])]
+        losses = [(_loss(checkpoint), -place) for place, checkpoint in enumerate(counts[:-keep])]
         ranked = sorted(entry for entry in losses if isinstance(entry[0], int | float))
         stays |= {counts[-negative] for _, negative in ranked[:keep_best]}
     if stays:
         for checkpoint in set(_having(files)) - stays:
             storage.delete_tree(checkpoint.uri)
+
+
+def _loss(checkpoint: Checkpoint) -> Any:
+    try:
+        return read_marker(checkpoint.uri).get("loss")
+    except storage.StorageError:  # a damaged marker keeps no other from being swept
+        return None
 
 
 def _files(run_uri: str) -> list[storage.FileInfo]:

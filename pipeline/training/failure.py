@@ -15,6 +15,10 @@ class FatalTrainingError(ValueError):
     """A run that stopped for good; the message is that of its cause."""
 
 
+class WorkersLostError(RuntimeError):
+    """Workers died more often than ``workers.max_failures`` allows."""
+
+
 def record_fatal(run_uri: str, error: BaseException) -> None:
     """Note an error that comes again (bad data, a diverged loss); any other (a lost worker) is worth a restart."""
     kinds = (*DATA_ERRORS, DivergedError)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ActorDiedError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import storage
@@ -27,13 +27,14 @@ from pipeline.data.quarantine import NAME as QUARANTINE
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.stream import TRAIN, PlannedDataConfig
 from pipeline.data.stream_plan import StreamPlan
+from pipeline.errors import user_error
 from pipeline.model_store import CONFIG, read_model_info
 from pipeline.runtime import is_on_cluster, release_placement_groups
 from pipeline.stopping import StoppedError, StopSignals
 from pipeline.tracking.outbox import RunAddress
 from pipeline.training.attempts import SupersededError, check_not_superseded, controller_of
 from pipeline.training.commits import begin_attempt, latest_checkpoint, latest_step, read_marker
-from pipeline.training.failure import clear_fatal, raise_fatal
+from pipeline.training.failure import WorkersLostError, clear_fatal, raise_fatal
 from pipeline.training.loop import MODEL_FOLDER, LoopSpec, train_worker
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.pulse import ANSWER_S, Look, find_hang, make_board
@@ -103,7 +104,7 @@ def train(
         FatalTrainingError: The data are bad; the message names the shard.
         SupersededError: Another job has taken the run over.
         StoppedError: A signal asked for it; the last checkpoint has everything.
-        TrainingFailedError: Workers died more often than ``workers.max_failures``.
+        WorkersLostError: Workers died more often than ``workers.max_failures``.
         StorageError: The last checkpoint could not be written, or none can be read.
     """
     plan = stream_plan(config, data)
@@ -197,7 +198,16 @@ class _Fit:
         if self._error is not None:
             raise_fatal(self._spec.run_uri)  # the plain reason instead of Ray's wrapping of it
             check_not_superseded(self._spec.run_uri, self._claimant)  # likewise
+            if isinstance(self._error, WorkerGroupError) and user_error(self._error) is None:
+                raise self._workers_lost(self._error) from self._error
             raise self._error
+
+    def _workers_lost(self, error: WorkerGroupError) -> WorkersLostError:
+        reasons = sorted(f"rank {rank}: {_last_line(cause)}" for rank, cause in error.worker_failures.items())
+        return WorkersLostError(
+            f"the workers died more often than workers.max_failures={self._config.workers.max_failures} allows; the "
+            f"same command goes on from step {latest_step(self._spec.run_uri)}. The last time: {'; '.join(reasons[:4])}"
+        )
 
     def _train(self, trainer: Any) -> None:
         try:
@@ -275,6 +285,12 @@ def _trainer(config: TrainConfig, spec: LoopSpec, claimant: str) -> Any:
         datasets={TRAIN: functools.partial(begin_attempt, spec.run_uri, claimant, workers.storage_patience_s)},
         dataset_config=PlannedDataConfig(spec.plan, workers.cpus_per_worker, quarantine),
     )
+
+
+def _last_line(error: BaseException) -> str:
+    """Of an error into whose text Ray puts the traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

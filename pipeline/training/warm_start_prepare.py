@@ -147,11 +147,14 @@ def _pin_model(asked: str, run_uri: str, tracking_uri: str, wanted: NetworkConfi
                 raise ValueError(f"warm_start.model={asked!r}: {error}") from error
             source = f"{SCHEME}{version.name}/{version.version}"
             uri = storage.normalise(registry.fetch_model(tracking_uri, version.name, version.version, Path(folder)))
-        info = read_model_info(uri)
-        check_same_network(read_model_config(uri), wanted, source)
+        try:
+            info = read_model_info(uri)
+            check_same_network(read_model_config(uri), wanted, source)
+            load_model(uri)  # whole, and of this network: told now, not by every worker
+        except storage.StorageError as error:
+            raise storage.StorageError(f"warm_start.model={asked!r}: {error}") from error
         for file in (WEIGHTS, CONFIG):
             storage.write_bytes(storage.join(target, file), storage.read_bytes(storage.join(uri, file)))
-    load_model(target)  # whole, and of this network: told now, not by every worker
     return PinnedModel(source=source, fingerprint=str(info["sha256"]))
 
 

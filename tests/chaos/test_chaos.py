@@ -227,6 +227,17 @@ def test_a_rank_that_hangs(start, table, reference):
     _is_reference(job, reference)
 
 
+def test_restarts_that_are_used_up_are_told_in_one_line(start):
+    job = start("--workers.max-failures", "0", epochs=60)
+    job.wait_for_steps(12)
+    kill(job.processes(WORKER)[0])
+    assert job.finish(120) == 75, job.log()
+    end = job.log().rsplit("error:", 1)[1]
+    assert "the workers died more often than workers.max_failures=0 allows; the same command goes on from step" in end
+    assert "Traceback" not in end
+    assert latest_step(job.run_uri) > 0
+
+
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(start):
     job = start(epochs=60)
     job.wait_for_steps(12)

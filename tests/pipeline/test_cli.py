@@ -16,6 +16,8 @@ from pipeline import cli, presets, storage
 from pipeline.config import TrackingConfig, TrainConfig, WorkersConfig
 from pipeline.stopping import StoppedError
 from pipeline.tracking.reachability import StoreRefusedError, StoreUnreachableError
+from pipeline.training.attempts import SupersededError
+from pipeline.training.failure import WorkersLostError
 from pipeline.training.metrics_log import MetricsLog
 
 
@@ -210,7 +212,7 @@ def test_a_submitted_job_does_not_write_into_the_folder_that_ray_deletes(monkeyp
 
 def _began(config: TrainConfig, run_uri: str) -> None:
     """Leave what a run that has trained leaves."""
-    cli._check_resumable(config, run_uri)
+    cli._note_config(config, run_uri)
     MetricsLog(run_uri, 0)
 
 
@@ -233,8 +235,9 @@ def test_the_same_name_with_another_recipe_is_refused(tmp_path):
 
 def test_a_run_that_never_trained_may_be_corrected(tmp_path):
     config = replace(presets.demo(), run_name="run")
-    cli._check_resumable(config, str(tmp_path))
+    cli._note_config(config, str(tmp_path))
     corrected = replace(config, data="/the/right/place")
+    cli._check_resumable(corrected, str(tmp_path))
     _began(corrected, str(tmp_path))
     with pytest.raises(ValueError, match=r"data was '/the/right/place', is 'synthetic'"):
         cli._check_resumable(config, str(tmp_path))
@@ -256,6 +259,7 @@ def test_what_does_not_change_the_training_may_differ(tmp_path, changes):
     config = replace(presets.demo(), run_name="run")
     _began(config, str(tmp_path))
     cli._check_resumable(replace(config, **changes), str(tmp_path))
+    cli._note_config(replace(config, **changes), str(tmp_path))
     noted = storage.read_json(str(tmp_path / "config.json"))
     assert noted == storage.plain_json(asdict(replace(config, **changes)))
 
@@ -298,8 +302,14 @@ def test_exit_codes(capsys):
     for lasting in (storage.StorageError("s4://x: unknown scheme"), StoreRefusedError("MLflow at x: forbidden")):
         assert cli.run_job(fail(lasting)) == 1
         assert "Traceback" not in capsys.readouterr().err
+    assert cli.run_job(fail(SupersededError("other workers took this run over"))) == 1
+    assert "Traceback" not in capsys.readouterr().err
     assert cli.run_job(fail(StoppedError(signal.SIGTERM, "stopped after 3 of 9 steps"))) == 143
     assert "stopped after 3 of 9 steps, by SIGTERM; the same command resumes the run" in capsys.readouterr().err
+    assert cli.run_job(fail(WorkersLostError("the workers died more often than ... allows"))) == 75
+    text = capsys.readouterr().err
+    assert "error: the workers died more often" in text
+    assert "Traceback" not in text
     assert cli.run_job(fail(ZeroDivisionError("a bug"))) == 75
     text = capsys.readouterr().err
     assert "Traceback" in text, "a bug keeps its traceback"

@@ -69,7 +69,8 @@ def detect_format(uri: str) -> str:
     raise storage.StorageError(
         f"{place.uri}: holds no data set that is known: neither {manifest.NAME} (packed shards) nor one of: train.rec "
         "(an InsightFace pack), tars of <key>.jpg and <key>.cls (WebDataset), zips or tars of folders, Parquet or "
-        "Arrow files, a list file, folders of images by person. --format says which it is where the names do not"
+        "Arrow files, a list file, folders of images by person. Where names do not say it, jobs/pack_dataset.py "
+        "has --format"
     )
 
 

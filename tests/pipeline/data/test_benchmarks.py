@@ -223,9 +223,9 @@ def test_finds_the_sets_of_a_folder_in_order_or_the_one_file(tmp_path):
     assert find_verification_sets("memory://found") == ["memory://found/lfw.bin"]
 
 
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_a_folder_without_sets_is_an_error_that_names_it(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{tmp_path / name}: holds no verification sets"):
+@pytest.mark.parametrize(("name", "text"), [("", "holds no verification sets"), ("absent", "does not exist")])
+def test_a_folder_without_sets_is_an_error_that_names_it(tmp_path, name, text):
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: {text}"):
         find_verification_sets(str(tmp_path / name))
 
 

@@ -239,6 +239,24 @@ def test_a_bit_that_changed_is_found_and_the_checkpoint_counts_no_more(tmp_path,
     assert _folders(run_uri) == ["step_00000003", "step_00000007"]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"files": {', b"\xff\xfe"])
+def test_a_marker_that_cannot_be_read_gives_way_too(tmp_path, content):
+    run_uri = str(tmp_path)
+    _save(run_uri, 3)
+    _save(run_uri, 5)
+    storage.write_bytes(storage.join(checkpoint_uri(run_uri, 5), MARKER), content)
+    assert latest_step(run_uri) == 3
+    _save(run_uri, 7)
+    assert latest_step(run_uri) == 7
+    storage.delete_tree(checkpoint_uri(run_uri, 7))
+    storage.delete_tree(checkpoint_uri(run_uri, 3))
+    storage.write_bytes(storage.join(checkpoint_uri(run_uri, 5), MARKER), content)
+    with pytest.raises(
+        storage.StorageError, match=r"step_00000005/COMMITTED.json: is not valid JSON.*no checkpoint of"
+    ):
+        latest_step(run_uri)
+
+
 def _check_damage_on_ranks(group, run_uri: str) -> None:
     if rank_in(group) == 0:
         for info in storage.list_files(run_uri):

@@ -59,6 +59,8 @@ def run_job(job: Callable[[], None]) -> int:
         if os.environ.get(DEBUG_VARIABLE):
             errors.print_exception()
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        if not os.environ.get(DEBUG_VARIABLE):
+            errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
         return EXIT_RETRY
     except Exception as error:
         known = user_error(error)

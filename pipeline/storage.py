@@ -62,6 +62,8 @@ READ_BUFFER_BYTES: Final = 8 * 1024 * 1024
 # Of one request, by the SDK itself. Reads have none, so that `retries` alone decides. A part of a multipart upload is
 # better sent again by the SDK than the whole object by us.
 WRITE_SDK_ATTEMPTS: Final = 3
+# Of a folder that others delete from.
+LISTINGS: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,10 +219,15 @@ def list_files(uri: str) -> list[FileInfo]:
     """All files below a folder, sorted by URI; an absent folder has none."""
     filesystem, path = open_filesystem(uri)
     scheme = normalise(uri).split("://", 1)[0]
-    try:
-        found = attempt(uri, "list", lambda: filesystems.entries(filesystem, path, recursive=True))
-    except MissingError:
-        return []
+    for _ in range(LISTINGS):
+        try:
+            found = attempt(uri, "list", lambda: filesystems.entries(filesystem, path, recursive=True))
+            break
+        except MissingError:  # it, or a folder in it that someone deletes meanwhile
+            if not exists(uri):
+                return []
+    else:
+        raise StorageError(f"{uri}: cannot be listed: folders in it vanish")
     infos = [
         FileInfo(uri=f"{scheme}://{entry.path}", num_bytes=entry.num_bytes, modified_ns=entry.modified_ns)
         for entry in found

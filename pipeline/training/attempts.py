@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 import socket
 import time
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from pipeline import storage
 
 FOLDER: Final = "attempts"
-_NAME = re.compile(rf"/{FOLDER}/(\d{{6}})-([^/]+)-(\d{{8}})\.json$")
+_NAME = re.compile(rf"/{FOLDER}/(\d{{6}})-([^/]+)-(\d{{8}})\.(json|began)$")
 
 
 class SupersededError(RuntimeError):
@@ -32,11 +32,13 @@ class Attempt:
         number: From 1. Two that began in the same moment may share it; the claimants decide.
         claimant: Who started it; `controller_of` makes them.
         first_step: The steps done before it: those of the checkpoint that it goes on from.
+        began: Whether it is certain that it goes on from there. Until then it has the run, and discards nothing.
     """
 
     number: int
     claimant: str
     first_step: int
+    began: bool = field(default=False, compare=False)
 
     @property
     def writer(self) -> str:
@@ -50,7 +52,7 @@ class Attempt:
             step: Steps done at the checkpoint.
             writer: Of the attempt that wrote it.
         """
-        return writer < self.writer and self.first_step < step
+        return self.began and writer < self.writer and self.first_step < step
 
 
 def controller_of(job: str, number: int) -> str:
@@ -60,33 +62,41 @@ def controller_of(job: str, number: int) -> str:
 
 def attempts_of(run_uri: str) -> list[Attempt]:
     """All starts of a run's workers, in order."""
-    found = [_NAME.search(info.uri) for info in storage.list_files(storage.join(run_uri, FOLDER))]
-    return sorted((Attempt(int(name[1]), name[2], int(name[3])) for name in found if name), key=lambda a: a.writer)
+    names = [_NAME.search(info.uri) for info in storage.list_files(storage.join(run_uri, FOLDER))]
+    kinds: dict[Attempt, set[str]] = {}
+    for name in names:
+        if name:
+            kinds.setdefault(Attempt(int(name[1]), name[2], int(name[3])), set()).add(name[4])
+    found = [replace(attempt, began="began" in given) for attempt, given in kinds.items()]
+    return sorted(found, key=lambda attempt: attempt.writer)
 
 
 def write_note(run_uri: str, attempt: Attempt) -> None:
-    """From here on the run is this attempt's."""
-    note = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": socket.gethostname()}
+    """From here on the run is this attempt's; if it began, what others commit beyond its first step counts no more."""
+    note = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": socket.gethostname()}
     storage.write_json(_note(run_uri, attempt), note)
+    if attempt.began:
+        storage.write_json(_note(run_uri, attempt, "began"), note)
 
 
 def delete_note(run_uri: str, attempt: Attempt) -> None:
     """It never was."""
-    storage.delete_file(_note(run_uri, attempt))
+    for kind in ("began", "json"):
+        storage.delete_file(_note(run_uri, attempt, kind))
 
 
 def check_newest(run_uri: str, attempt: Attempt) -> None:
-    """To be called before anything of the run is written.
+    """To be called before anything of the run is written; a note that someone deleted is put back.
 
     Raises:
         SupersededError: Other workers have the run.
-        StorageError: Nobody knows: the storage is away, or the note of this attempt is.
+        StorageError: The storage is away.
     """
     found = attempts_of(run_uri)
-    if attempt not in found:
-        raise storage.StorageError(f"{_note(run_uri, attempt)}: is gone, so nobody knows whose the run is")
-    if found[-1] != attempt:
+    if any(other.writer > attempt.writer for other in found):
         raise _superseded(run_uri, found[-1])
+    if attempt not in found:
+        write_note(run_uri, attempt)
 
 
 def check_not_superseded(run_uri: str, claimant: str, attempts: list[Attempt] | None = None) -> None:
@@ -101,13 +111,17 @@ def _job(claimant: str) -> str:
     return claimant.rsplit(".", 1)[0]
 
 
-def _note(run_uri: str, attempt: Attempt) -> str:
-    return storage.join(run_uri, FOLDER, f"{attempt.writer}-{attempt.first_step:08d}.json")
+def _note(run_uri: str, attempt: Attempt, kind: str = "json") -> str:
+    return storage.join(run_uri, FOLDER, f"{attempt.writer}-{attempt.first_step:08d}.{kind}")
 
 
 def _superseded(run_uri: str, newest: Attempt) -> SupersededError:
-    note: dict[str, Any] = storage.read_json(_note(run_uri, newest))
+    try:
+        note = storage.read_json(_note(run_uri, newest))
+        who = f" (at {note['at']}, by {note['host']})"
+    except storage.StorageError:  # taken back meanwhile
+        who = ""
     return SupersededError(
-        f"{run_uri}: other workers took this run over, from step {newest.first_step} (at {note['began']}, by "
-        f"{note['host']}); these end. If another job is meant to run beside this one, give it another --run-name"
+        f"{run_uri}: other workers took this run over, from step {newest.first_step}{who}; these end. If another job "
+        "is meant to run beside this one, give it another --run-name"
     )

@@ -91,7 +91,10 @@ class _Files(FileSystem):
 
 
 class _PartsReader(FileSystemReader):
-    """Reads of a checkpoint, where it lies, what this rank has a place for: its own centres, not those of all."""
+    """Reads of a checkpoint, where it lies, the parts that this rank has a place for.
+
+    A part is what one rank wrote of a tensor, and is read whole: at the same world size a rank's own centres.
+    """
 
     def __init__(self, uri: str) -> None:
         super().__init__("")

@@ -159,10 +159,11 @@ class Checkpointer:
     def _is_busy_anywhere(self) -> bool:
         """Raises on all ranks alike where the writer of one ended by what no storage did."""
         is_busy = self._thread is not None and self._thread.is_alive()
-        own = torch.tensor([float(is_busy), float(self._bug is not None)])
+        bug = self._bug  # as it is now: one that comes meanwhile is met by all alike the next time
+        own = torch.tensor([float(is_busy), float(bug is not None)])
         busy, failed = all_reduce_sum(own, self._train_step.group).tolist()
-        if self._bug is not None:
-            raise self._bug
+        if bug is not None:
+            raise bug
         if failed:
             raise RuntimeError(f"{self._uri}: the writer of another rank failed")
         return bool(busy)

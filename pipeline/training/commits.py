@@ -7,11 +7,13 @@ Ray Train asks for all of this at every start, in processes of its own: nothing 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import re
 import time
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from pipeline import storage
@@ -72,28 +74,24 @@ def latest_step(run_uri: str) -> int:
     return found.step if found else 0
 
 
-def latest_checkpoint(run_uri: str, without: Attempt | None = None) -> Checkpoint | None:
+def latest_checkpoint(run_uri: str) -> Checkpoint | None:
     """The newest checkpoint that counts: committed, all files there in full, and no later attempt began without it.
-
-    Args:
-        run_uri: Folder of the run.
-        without: An attempt that is taken as not there.
 
     Raises:
         StorageError: There are committed checkpoints, and none of them counts.
     """
     for _ in range(LOOKS):
         try:
-            return _latest(run_uri, without)
+            return _latest(run_uri)
         except storage.MissingError:  # swept since it was listed
             continue
     raise storage.StorageError(f"{storage.join(run_uri, 'checkpoints')}: others delete what is looked at")
 
 
-def _latest(run_uri: str, without: Attempt | None) -> Checkpoint | None:
+def _latest(run_uri: str) -> Checkpoint | None:
     files = _files(run_uri)
     sizes = {info.uri: info.num_bytes for info in files}
-    attempts = [attempt for attempt in attempts_of(run_uri) if attempt != without]
+    attempts = attempts_of(run_uri)
     late, damage = [], []
     for checkpoint in reversed(_having(files, MARKER)):
         if _is_discarded(checkpoint, attempts):
@@ -130,7 +128,7 @@ def _damage(checkpoint: Checkpoint, sizes: dict[str, int]) -> str:
     try:
         marker = read_marker(checkpoint.uri)
     except storage.StorageError as error:
-        if isinstance(error, storage.MissingError) or may_pass(error):
+        if not isinstance(error.__cause__, ValueError):  # it could not be read, which says nothing of what it holds
             raise
         return str(error)
     for name, expected in marker.get("files", {}).items():
@@ -251,10 +249,17 @@ def _begin(run_uri: str, claimant: str) -> Start:
         check_not_superseded(run_uri, claimant, before)
         found = latest_checkpoint(run_uri)
         attempt = Attempt(before[-1].number + 1 if before else 1, claimant, found.step if found else 0)
-        write_note(run_uri, attempt)
-        # Others may have committed between the look and the note: then this would discard what they did.
-        if latest_checkpoint(run_uri, without=attempt) == found:
-            check_newest(run_uri, attempt)  # two at once: one of them
-            return Start(attempt, found)
+        try:
+            write_note(run_uri, attempt)
+            # Others may have committed between the look and the note: then this would discard what they did.
+            if latest_checkpoint(run_uri) == found:
+                check_newest(run_uri, attempt)  # two at once: one of them
+                attempt = replace(attempt, began=True)
+                write_note(run_uri, attempt)
+                return Start(attempt, found)
+        except BaseException:
+            with contextlib.suppress(OSError, storage.StorageError):
+                delete_note(run_uri, attempt)
+            raise
         delete_note(run_uri, attempt)
     raise SupersededError(f"{run_uri}: another job trains this run; give this one another --run-name, or stop that one")

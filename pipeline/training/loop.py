@@ -69,11 +69,13 @@ class LoopSpec:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Entry point of each Ray Train worker; ``loop_config["spec"]`` is a `LoopSpec`."""
     spec: LoopSpec = loop_config["spec"]
-    data: RankData = ray.train.get_dataset_shard(TRAIN)
+    data: RankData | None = None
     try:
+        data = ray.train.get_dataset_shard(TRAIN)
         _train(spec, data)
     except Exception as error:
-        check_newest(spec.run_uri, data.start.attempt)  # a run that others have does not end by this
+        if data is not None:
+            check_newest(spec.run_uri, data.start.attempt)  # a run that others have does not end by this
         # Bad data stays bad: say so once, instead of restarting the group until the retries are used up.
         record_fatal(spec.run_uri, error)
         raise

@@ -203,7 +203,9 @@ class _Fit:
             raise self._error
 
     def _workers_lost(self, error: WorkerGroupError) -> WorkersLostError:
-        reasons = sorted(f"rank {rank}: {_last_line(cause)}" for rank, cause in error.worker_failures.items())
+        reasons = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(error.worker_failures.items())]
+        # That the others lost their connection to one that died is no cause.
+        reasons.sort(key=lambda reason: "onnection" in reason)
         return WorkersLostError(
             f"the workers died more often than workers.max_failures={self._config.workers.max_failures} allows; the "
             f"same command goes on from step {latest_step(self._spec.run_uri)}. The last time: {'; '.join(reasons[:4])}"

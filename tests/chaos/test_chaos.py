@@ -68,6 +68,7 @@ def _is_reference(job: Job, reference: list[float]) -> None:
     assert losses == reference[: len(losses)]
 
 
+@pytest.mark.timeout(1200)  # twenty restarts and the reference
 def test_kill_of_a_random_worker(start, table, reference):
     """Twenty times over one run."""
     job = start("--workers.max-failures", "-1", epochs=60)

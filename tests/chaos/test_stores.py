@@ -99,7 +99,7 @@ def test_a_job_that_is_submitted_twice(s3, table, tmp_path):
         moment = time.monotonic()
         second.start()
         assert first.finish() == 1, first.log()
-        assert "took this run over at" in first.log().replace("\n", " ")
+        assert "took this run over, from step" in first.log().replace("\n", " ")
         assert second.finish() == 0, second.log()
         (data,) = {info.uri.rsplit("/", 1)[0] for info in storage.list_files(f"{place}/data") if "manifest" in info.uri}
         verdict = judge("the same job submitted again, with the same name, while it runs", second, [moment], data)

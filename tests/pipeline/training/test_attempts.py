@@ -97,10 +97,42 @@ def test_another_job_takes_the_run_over_and_this_one_never_takes_it_back(run_uri
     _begin(run_uri, controller_of("other", 2))
 
 
-def test_a_note_that_is_gone_is_no_other_job(run_uri):
+def test_a_note_that_someone_deleted_is_put_back(run_uri):
     mine = _begin(run_uri, MINE)
     storage.delete_tree(storage.join(run_uri, "attempts"))
-    with pytest.raises(StorageError, match="is gone, so nobody knows whose the run is"):
+    check_newest(run_uri, mine)
+    assert [(attempt, attempt.began) for attempt in attempts_of(run_uri)] == [(mine, True)]
+
+
+@pytest.mark.parametrize("dies", ["killed", "error"])
+def test_a_start_that_dies_before_it_is_certain_discards_nothing(run_uri, monkeypatch, dies):
+    """After its note another committed, and swept what it had seen."""
+    mine = _begin(run_uri, MINE)
+    base = _commit(run_uri, 5, mine)
+    write = commits.write_note
+
+    def last(uri, attempt):
+        write(uri, attempt)
+        newest = _commit(uri, 10, mine)
+        prune(uri, keep=1, newest=newest)
+        storage.delete_tree(base.uri)  # and if it had listed the notes before this one
+        monkeypatch.undo()
+        if dies == "killed":
+            monkeypatch.setattr(commits, "delete_note", lambda *_: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commits, "write_note", last)
+    with pytest.raises(KeyboardInterrupt):
+        begin_attempt(run_uri, OTHER)
+    assert latest_step(run_uri) == 10
+    assert len(attempts_of(run_uri)) == (2 if dies == "killed" else 1)
+    assert begin_attempt(run_uri, controller_of("third", 1)).first_step == 10
+
+
+def test_a_note_that_is_taken_back_while_it_is_read_is_still_another_job(run_uri, monkeypatch):
+    mine = _begin(run_uri, MINE)
+    monkeypatch.setattr(notes, "attempts_of", lambda uri: [mine, Attempt(2, OTHER, 0)])
+    with pytest.raises(SupersededError, match="took this run over, from step 0; these end"):
         check_newest(run_uri, mine)
 
 
@@ -118,7 +150,7 @@ def test_two_that_begin_in_the_same_moment_are_told_apart_by_all_alike(run_uri, 
     monkeypatch.setattr(commits, "attempts_of", both_look)
     with pytest.raises(SupersededError):  # "mine" sorts before "other"
         begin_attempt(run_uri, MINE)
-    assert [attempt.number for attempt in attempts_of(run_uri)] == [1, 1]
+    assert attempts_of(run_uri) == others, "the other never hears of it"
     check_newest(run_uri, others[0])
 
 

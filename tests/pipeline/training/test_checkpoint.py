@@ -239,6 +239,22 @@ def test_a_bit_that_changed_is_found_and_the_checkpoint_counts_no_more(tmp_path,
     assert _folders(run_uri) == ["step_00000003", "step_00000007"]
 
 
+def test_a_marker_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
+    run_uri = str(tmp_path)
+    _save(run_uri, 3)
+    _save(run_uri, 5)
+    read = storage.read_bytes
+
+    def refuse(uri):
+        if "step_00000005" in uri:
+            raise storage.StorageError(f"{uri}: cannot read") from PermissionError()
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    with pytest.raises(storage.StorageError, match=r"step_00000005/COMMITTED.json: cannot read"):
+        latest_step(run_uri)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"files": {', b"\xff\xfe"])
 def test_a_marker_that_cannot_be_read_gives_way_too(tmp_path, content):
     run_uri = str(tmp_path)

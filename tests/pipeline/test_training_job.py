@@ -127,6 +127,7 @@ def test_a_profile_of_a_run_takes_its_steps_apart(alone, place):
     assert split.steps[0]["checkpoint"] == 0 < split.steps[1]["checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_last_checkpoint_and_the_export_loses_nothing(alone, twin, place):
     lines = read_metrics(str(place / "twin-one"))
     shutil.rmtree(place / "twin-one" / "model")
@@ -262,11 +263,12 @@ def _flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+@pytest.mark.slow  # the stream's own test names the shard in every run of the suite
 @pytest.mark.parametrize(
     ("name", "damage", "text"),
     [
         ("flipped", _flip, "corrupt, bytes 0 to"),
-        pytest.param("truncated", lambda data: data[: len(data) // 2], "truncated", marks=pytest.mark.slow),
+        ("truncated", lambda data: data[: len(data) // 2], "truncated"),
     ],
 )
 def test_a_damaged_shard_ends_in_one_error_that_names_it(first, place, capfd, name, damage, text):

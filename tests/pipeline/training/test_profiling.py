@@ -132,6 +132,7 @@ def _check_delays(group, folder: Path) -> None:
             assert split.mean_s[part] < 0.4 * SKEW_S, (part, split.mean_s)
 
 
+@pytest.mark.slow
 def test_a_delay_is_found_in_its_part_and_the_parts_add_up(tmp_path):
     run_distributed(2, _check_delays, tmp_path)
     splits = read_splits(str(tmp_path / "plain"))

@@ -55,20 +55,14 @@ def run_job(job: Callable[[], None]) -> int:
     except StoppedError as error:
         errors.print(f"[yellow]{error}[/]; the same command resumes the run")
         return 128 + error.signal_number
-    except WorkersLostError as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            errors.print_exception()
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        if not os.environ.get(DEBUG_VARIABLE):
-            errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
-        return EXIT_RETRY
     except Exception as error:
         known = user_error(error)
-        if known is None or os.environ.get(DEBUG_VARIABLE):
+        says_it_all = known is not None or isinstance(error, WorkersLostError)
+        if not says_it_all or os.environ.get(DEBUG_VARIABLE):
             errors.print_exception()
         text = message(known if known is not None else error)
         errors.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True, highlight=False)
-        if known is not None and not os.environ.get(DEBUG_VARIABLE):
+        if says_it_all and not os.environ.get(DEBUG_VARIABLE):
             errors.print(f"({DEBUG_VARIABLE}=1 shows where it came from)", style="dim")
         return EXIT_RETRY if known is None or may_pass(error) else EXIT_MENDABLE
     return 0

@@ -114,7 +114,11 @@ def _check_files(uri: str, group: ProcessGroup | None) -> None:
     except storage.MissingError:  # perhaps on this rank alone
         wrong = [MARKER]
     else:
-        wrong = [name for name in sorted(expected)[rank::world] if _found(storage.join(uri, name)) != expected[name]]
+        wrong = [
+            name
+            for name in sorted(expected)[rank::world]
+            if _checksum_if_there(storage.join(uri, name)) != expected[name]
+        ]
     found = all_gather_stack(torch.tensor([len(wrong)]), group).flatten().tolist()
     if any(found):
         which = ", ".join(wrong) or f"a file that rank {next(rank for rank, count in enumerate(found) if count)} read"
@@ -128,7 +132,7 @@ def checksum(uri: str) -> dict[str, Any]:
         return {"num_bytes": file.tell(), "sha256": sha256}
 
 
-def _found(uri: str) -> dict[str, Any] | None:
+def _checksum_if_there(uri: str) -> dict[str, Any] | None:
     try:
         return checksum(uri)
     except storage.MissingError:

@@ -283,7 +283,7 @@ def _storage_failure(error: BaseException) -> str | None:
         inner = [failure[0] for failure in error.failures.values()]
         reasons = [_storage_failure(failure) for failure in inner]
         return None if None in reasons else "; ".join(str(reason) for reason in reasons)
-    if isinstance(error, OSError | storage.StorageError):
+    if isinstance(error, OSError):
         return str(error)
     # Torch's writer of zip files has no class of its own for a disk that is full, and hides Python's.
     if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):

@@ -229,7 +229,7 @@ def begin_attempt(run_uri: str, claimant: str, patience_s: float = 0.0) -> Start
     while True:
         try:
             return _begin(run_uri, claimant)
-        except (OSError, storage.StorageError) as error:
+        except OSError as error:
             if time.monotonic() + RETRY_S > deadline or not (may_pass(error) or _is_full(error)):
                 raise
             _logger.warning("%s: the workers wait for the storage: %s", run_uri, error)
@@ -258,7 +258,7 @@ def _begin(run_uri: str, claimant: str) -> Start:
                 write_note(run_uri, attempt)
                 return Start(attempt, found)
         except BaseException:
-            with contextlib.suppress(OSError, storage.StorageError):
+            with contextlib.suppress(OSError):
                 delete_note(run_uri, attempt)
             raise
         delete_note(run_uri, attempt)

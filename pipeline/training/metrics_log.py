@@ -73,7 +73,7 @@ class MetricsLog:
                 return
             try:
                 self._append()
-            except (OSError, storage.StorageError) as error:
+            except OSError as error:
                 if not self._warned:
                     self._warned = True
                     _logger.warning("%s: cannot be written, its lines are kept and written later: %s", self._uri, error)

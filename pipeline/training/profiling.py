@@ -136,7 +136,7 @@ class StepProfiler:
                 trace = local.read_bytes()
             storage.write_bytes(self._uri("trace.json.gz"), trace)
             self._write_split(self._split(trace, num_steps))
-        except (OSError, storage.StorageError, TraceError) as error:
+        except (OSError, TraceError) as error:
             _logger.warning("the profile was not written: %s", error)
 
     def _split(self, trace: bytes, num_steps: int) -> StepSplit:

@@ -13,7 +13,6 @@ import numpy as np
 
 from lgaf.step import StepResult
 from pipeline.data.stream_plan import StreamPlan
-from pipeline.storage import StorageError
 from pipeline.tracking import metric_names
 from pipeline.tracking.metric_sink import MetricSink
 from pipeline.training.metrics_log import MetricsLog, StepMetrics, read_metrics
@@ -119,7 +118,7 @@ class StepLog:
         """The same, where nothing counts on it: a storage that will not is warned of."""
         try:
             self.make_durable()
-        except (OSError, StorageError) as error:
+        except OSError as error:
             _logger.warning("the last lines of metrics.jsonl are not written: %s", error)
 
     def close(self) -> None:

@@ -221,7 +221,7 @@ class _Fit:
         """Workers look when they write; between, and where they wait for room in the cluster, nobody else would."""
         while fit.is_alive() and self._superseded is None:
             fit.join(OTHERS_LOOK_S)
-            with contextlib.suppress(storage.StorageError, OSError):
+            with contextlib.suppress(OSError):
                 try:
                     check_not_superseded(self._spec.run_uri, self._claimant)
                 except SupersededError as error:

@@ -116,7 +116,7 @@ def test_a_whole_run_without_mlflow_is_sent_and_registered_by_the_same_command(
     def job():
         cli.run_training(cli._with_place(config))
 
-    assert cli.run_job(job) == 1
+    assert cli.run_job(job) == 75, "another attempt may meet a server"
     errors = capfd.readouterr().err.replace("\n", " ")
     assert caplog.text.count("the run goes on, what is logged waits in") == 1
     assert "the same command sends them and registers the model" in errors
